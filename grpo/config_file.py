@@ -1,0 +1,100 @@
+"""Reading, overriding, saving and hashing a `Config`.
+
+1. YAML and dotted overrides are merged by OmegaConf onto the dataclasses, which gives types; a wrong key or type is
+   re-raised as one line that names the full key and the nearest existing one.
+2. A hash covers named sections only, so that a cached base model is found again when unrelated keys change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config import Config
+
+
+def _all_keys() -> list[str]:
+    return [f"{section}.{key}" for section, values in to_dict(Config()).items() for key in values]
+
+
+def _one_line(error: OmegaConfBaseException, origin: str) -> str:
+    key = (getattr(error, "full_key", None) or "").strip()
+    first = str(error).splitlines()[0]
+    if key and key not in _all_keys() and key not in to_dict(Config()):
+        near = difflib.get_close_matches(key, _all_keys() + list(to_dict(Config())), n=1, cutoff=0.5)
+        return f"{origin}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"{origin}: {key}: {first}" if key else f"{origin}: {first}"
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the YAML file, then `section.key=value` overrides.
+
+    Raises:
+        ValueError: one line naming file or override, key and remedy.
+    """
+    tree = OmegaConf.structured(Config)
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"config file {path} does not exist; see configs/ for those that come with the project")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"config file {path} must hold sections such as `model:`, got {type(values).__name__}")
+        tree = _merge(tree, values, f"config file {path}")
+    for override in overrides or []:
+        key, equals, _ = override.partition("=")
+        if not equals or "." not in key:
+            raise ValueError(f"override {override!r} must read section.key=value, for example grpo.group_size=16")
+        try:
+            values = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
+        tree = _merge(tree, values, "command line")
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error, "config")) from None
+
+
+def _merge(tree: Any, values: Any, origin: str) -> Any:
+    try:
+        return OmegaConf.merge(tree, values)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error, origin)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries (tuples as lists), as they stand in YAML and JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; sections and fields that an older version did not have take their defaults.
+
+    Raises:
+        ValueError: a section or field that this version does not know.
+    """
+    return OmegaConf.to_object(_merge(OmegaConf.structured(Config), values, "saved config"))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved config as YAML that `load_config` reads back to an equal `Config`."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    temporary.replace(path)
+
+
+def config_hash(*parts: Any) -> str:
+    """Twelve hexadecimal digits that name a set of sections or plain values, stable between processes."""
+    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,95 @@
+"""How every pipeline starts: command line, one-line errors, quiet libraries, and Ray.
+
+1. `launch` turns a `ValueError` (something that a user wrote) into one line and exit code 2; anything else is our bug
+   and keeps its traceback.
+2. Environment variables that silence Ray and MLflow are set before either is imported, and never override the user's.
+3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
+   finds `grpo`, `actors` and `pipelines` in its workers as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
+}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def quiet() -> None:
+    """Silence other libraries' noise; call before importing ray or mlflow."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def start_ray(num_cpus: int | None = None) -> None:
+    """Attach to the cluster of RAY_ADDRESS or of `ray job submit`, else start a private one on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"env_vars": {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}}
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **options)
+    else:
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+
+
+def worker_threads(requested: int, num_workers: int) -> int:
+    """Torch threads of one of `num_workers` busy processes on this machine; `requested` > 0 wins."""
+    return requested or max(1, len(os.sched_getaffinity(0)) // num_workers if hasattr(os, "sched_getaffinity")
+                            else (os.cpu_count() or 1) // num_workers)
+
+
+def launch(main: Callable[[Any, argparse.Namespace], Any], description: str, *, default: str = "configs/tiny.yaml",
+           arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
+    """Parse the command line, run `main(config, args)`, exit with 0, or with 2 after one line for a user's mistake."""
+    quiet()
+    from grpo.config_file import load_config, to_dict
+
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    parser.add_argument("--config", default=None, help=f"YAML file (default: {default})")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example grpo.group_size=16")
+    if arguments:
+        arguments(parser)
+    args = parser.parse_intermixed_args()
+    try:
+        config = load_config(args.config or ROOT / default, args.overrides)
+        if args.print_config:
+            import yaml
+
+            print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+            return
+        main(config, args)
+    except ValueError as error:
+        if os.environ.get("GRPO_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,60 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from grpo.config import Config, GrpoSection
+from grpo.config_file import config_hash, from_dict, load_config, save_config, to_dict
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    assert isinstance(load_config(path), Config)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("grpo:\n  group_size: 4\n  prompts: 8\n")
+    config = load_config(file, ["grpo.group_size=16", "reward.smoothing=0.2", "reward.layers=[1,-1]"])
+    assert (config.grpo.group_size, config.grpo.prompts, config.reward.smoothing) == (16, 8, 0.2)
+    assert tuple(config.reward.layers) == (1, -1)
+
+
+@pytest.mark.parametrize("override, words", [
+    ("grpo.grop_size=4", ["unknown key grpo.grop_size", "grpo.group_size"]),
+    ("grppo.group_size=4", ["unknown key grppo", "grpo"]),
+    ("grpo.group_size=many", ["grpo.group_size", "many"]),
+    ("grpo.group_size=1", ["grpo.group_size must be at least 2", "got 1"]),
+    ("group_size", ["section.key=value"]),
+    ("denoise.remasking=magic", ["denoise.remasking", "critic", "magic"]),
+    ("grpo.prompt_tokens=64", ["grpo.prompt_tokens", "data.block_size"]),
+])
+def test_a_bad_override_is_one_line_with_the_full_key(override, words):
+    with pytest.raises(ValueError) as error:
+        load_config(None, [override])
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_bad_file_is_one_line_with_its_name(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("grpo: [1,\n")
+    for path in (broken, tmp_path / "missing.yaml"):
+        with pytest.raises(ValueError) as error:
+            load_config(path)
+        assert path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_saved_config_reads_back_equal(tmp_path):
+    config = load_config(None, ["reward.layers=[1,2]", "run.name=a", "pretrain.learning_rate=1e-3"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config == from_dict(to_dict(config))
+
+
+def test_hash_covers_the_named_sections_only():
+    config = Config()
+    other = dataclasses.replace(config, grpo=GrpoSection(rounds=3))
+    assert config_hash(config.model, config.data) == config_hash(other.model, other.data)
+    assert config_hash(config.grpo) != config_hash(other.grpo)

@@ -1,0 +1,50 @@
+"""The arrows between rooms, read off the source: pipelines -> actors -> grpo, and downwards only inside grpo."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = [
+    "config", "config_file", "noise", "tokenizer", "sources", "data", "metrics", "heads", "model", "checkpoint",
+    "corruption", "mask_bias", "diffusion_loss", "wavefront", "critic", "remasking", "denoise", "autoregress",
+    "trajectory", "policy_loss", "reward_loss", "optim", "text_quality",
+]
+FORBIDDEN = {"grpo": {"ray", "mlflow", "actors", "pipelines"}, "actors": {"mlflow", "pipelines"}, "pipelines": set()}
+FILES = [path for room in FORBIDDEN for path in sorted((ROOT / room).glob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_rooms_import_one_way(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & FORBIDDEN[path.parent.name]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "grpo").glob("*.py")), ids=lambda path: path.stem)
+def test_grpo_imports_downwards_only(path):
+    if path.stem == "__init__":
+        return
+    lower = set(ORDER[: ORDER.index(path.stem)])
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("grpo.") and name.count(".")}
+    assert used <= lower, f"{path.name} imports {used - lower} from above"
+
+
+def test_the_mathematics_never_synchronises_inside_a_step():
+    """`.item()` in grpo/ is a host synchronisation; it belongs to those who read metrics."""
+    steps = ["corruption", "mask_bias", "diffusion_loss", "wavefront", "critic", "remasking", "denoise", "policy_loss"]
+    for name in steps:
+        text = (ROOT / "grpo" / f"{name}.py").read_text(encoding="utf-8")
+        assert ".item()" not in text and ".tolist()" not in text, name
