@@ -1,0 +1,174 @@
+"""The heads that read a trunk's hidden states: lm, critic, sampler, reward, classifier and scorer.
+
+1. A tied lm head holds no parameter of its own, only a reference to the token embedding, so that checkpoints, DDP and
+   `load_state_dict(assign=True)` cannot break the tie. Untied, it owns a copy and may put a residual MLP, zero at the
+   start, in front of it: GRPO then begins at exactly the base model's logits.
+2. The sampler adds its output to the hidden state and its last layer starts at zero, so an untrained sampler is the
+   lm head. (A head that ends in SiLU and LayerNorm starts far from it.)
+3. The reward head gives logits, natural first. Beside the pooled pair it gives each token's log-odds of being natural,
+   on the same features, for dense credit.
+4. Features of several trunk layers are read as one vector; each pooled statistic is taken over the completion only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class LmHead(nn.Module):
+    """Hidden states to logits over the vocabulary, [MASK], pad and padding columns included."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._tied_to: tuple[nn.Embedding, ...] = (embedding,)  # in a tuple: it stays a part of the trunk alone
+        self.matrix: nn.Parameter | None
+        self.register_parameter("matrix", None)
+        self.residual: nn.Sequential | None = None
+
+    @property
+    def tied(self) -> bool:
+        return self.matrix is None
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, C]: the trunk's token embedding until `untie`, then the head's own copy."""
+        return self._tied_to[0].weight if self.matrix is None else self.matrix
+
+    def untie(self, residual: int = 0) -> None:
+        """Own a copy of the matrix; a positive `residual` adds an MLP of that width. Logits do not change by a bit."""
+        if self.matrix is None:
+            self.matrix = nn.Parameter(self.weight.detach().clone())
+            self._tied_to = ()  # a head that is sent elsewhere does not take the embedding along
+        if residual and self.residual is None:
+            width, where = self.matrix.shape[1], {"device": self.matrix.device, "dtype": self.matrix.dtype}
+            self.residual = nn.Sequential(
+                nn.Linear(width, residual, **where), nn.SiLU(), _zeroed(nn.Linear(residual, width, **where))
+            )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., V]."""
+        if self.residual is not None:
+            hidden = hidden + self.residual(hidden)
+        return F.linear(hidden, self.weight)
+
+
+class SamplerHead(nn.Module):
+    """Conditions a hidden state on the embeddings of its known neighbours (DESIGN 7); the lm matrix comes after."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3 * width, width), nn.SiLU(), nn.LayerNorm(width), _zeroed(nn.Linear(width, width))
+        )
+
+    def forward(self, hidden: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """hidden, left, right [..., C] (a missing neighbour is a zero vector) -> hidden' [..., C]."""
+        return hidden + self.layers(torch.cat((left, hidden, right), dim=-1))
+
+
+class CriticHead(nn.Module):
+    """The logit of "this token is wrong"."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [...]."""
+        return self.layers(hidden).squeeze(-1)
+
+
+class ClassifierHead(nn.Module):
+    """Per-token class logits."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, num_classes)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., C] -> [..., num_classes]."""
+        return self.layer(hidden)
+
+
+class ScorerHead(nn.Module):
+    """One score in (0, 1) for a whole text."""
+
+    def __init__(self, width: int, pooling: str) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.layer = nn.Linear(_pooled_width(width, pooling), 1)
+
+    def forward(self, features: Tensor, completion_mask: Tensor) -> Tensor:
+        """features [B, T, F], completion_mask [B, T] bool -> [B]."""
+        return torch.sigmoid(self.layer(pool(features, completion_mask, self.pooling)).squeeze(-1))
+
+
+class RewardOutput(NamedTuple):
+    logits: Tensor
+    """[B, 2]: natural, synthetic."""
+    token_logits: Tensor
+    """[B, T]: log-odds of natural of each completion token; 0 elsewhere."""
+
+
+class RewardHead(nn.Module):
+    """Natural or synthetic, for the text and for each of its tokens, from (cached) features of the frozen trunk."""
+
+    def __init__(self, features: int, *, hidden: int, pooling: str, spectral: bool) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.pooled = nn.Sequential(
+            nn.Linear(_pooled_width(features, pooling), hidden), nn.ReLU(), nn.Linear(hidden, 2)
+        )
+        self.token = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        if spectral:
+            for layer in (self.pooled[0], self.pooled[2], self.token[0], self.token[2]):
+                spectral_norm(layer)
+
+    def forward(self, features: Tensor, completion_mask: Tensor) -> RewardOutput:
+        """Score texts.
+
+        Args:
+            features: [B, T, F] trunk states (`GPT.encode_layers`).
+            completion_mask: [B, T] bool, True at the tokens judged: neither prompt nor pad.
+        """
+        logits = self.pooled(pool(features, completion_mask, self.pooling))
+        token_logits = self.token(features).squeeze(-1).masked_fill(~completion_mask, 0.0)
+        return RewardOutput(logits, token_logits)
+
+
+def pool(features: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """Summarise the states of the tokens under a mask.
+
+    Args:
+        features: [B, T, F].
+        mask: [B, T] bool. A row without any True gives zeros.
+        pooling: `last` (state of the last True token), `mean`, or `both` concatenated in that order.
+
+    Returns:
+        [B, F], or [B, 2F] for `both`.
+    """
+    parts = []
+    if pooling in ("last", "both"):
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = torch.where(mask, positions, 0).amax(dim=1)
+        state = features[torch.arange(len(features), device=mask.device), last]
+        parts.append(state * mask.any(dim=1, keepdim=True))
+    if pooling in ("mean", "both"):
+        weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        parts.append((weights.to(features.dtype).unsqueeze(1) @ features).squeeze(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _pooled_width(width: int, pooling: str) -> int:
+    return 2 * width if pooling == "both" else width
+
+
+def _zeroed(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

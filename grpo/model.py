@@ -1,0 +1,384 @@
+"""A GPT whose attention looks both ways or back only: one trunk, and a table of heads chosen by mode.
+
+1. Pre-norm blocks as in GPT-2 (Radford et al. 2019), with rotary positions (arXiv:2104.09864) unless `position:
+   learned`, and its initialisation: N(0, 0.02), residual projections scaled by 1/sqrt(2 n_layer). The exact GELU takes
+   the place of the tanh form, which costs 2.5 times as much on a CPU; `gelu="tanh"` is for weights trained with it.
+2. Rotary pairs are neighbours in memory, so that a rotation is one complex product. The table is computed when first
+   needed, per device: a buffer would be lost when the model is built on the meta device.
+3. A frozen trunk has no gradients and no dropout, whatever `train()` says; the tied lm head is untied when it freezes.
+4. Pads are never attended to. A row of pads only attends to itself, for otherwise softmax would give NaN.
+5. `forward` returns logits, scores or features, never a loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from grpo.config import ModelSection, RewardSection
+from grpo.heads import ClassifierHead, CriticHead, LmHead, RewardHead, RewardOutput, SamplerHead, ScorerHead
+from grpo.tokenizer import Vocabulary
+
+MODES = {"language_model": "lm", "reward": "reward", "token_classifier": "classifier", "sequence_scorer": "scorer"}
+"""Mode -> head that `forward` uses when none is named."""
+
+
+class KVCache:
+    """Keys and values of the tokens that a causal trunk has read, [B, H, capacity, D] per block."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.blocks: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [B, H, T, D] keys and values behind those known; return views of all [B, H, length + T, D]."""
+        if block == len(self.blocks):
+            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
+            self.blocks.append((keys.new_empty(shape), values.new_empty(shape)))
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} tokens, got {end}")
+        for store, new in zip(self.blocks[block], (keys, values), strict=True):
+            store[:, :, self.length : end] = new
+        stored_keys, stored_values = self.blocks[block]
+        return stored_keys[:, :, :end], stored_values[:, :, :end]
+
+
+@functools.lru_cache(maxsize=64)
+def _rotations(length: int, half: int, device: torch.device) -> Tensor:
+    """exp(i position frequency), [T, 1, 1, D/2] complex64, in the layout of `qkv[:, :, :2]`."""
+    with torch.inference_mode(False):  # a table first made in inference mode could not be used in training
+        positions = torch.arange(length, device=device, dtype=torch.float64)
+        frequencies = 10000.0 ** (-torch.arange(half, device=device, dtype=torch.float64) / half)
+        angles = torch.outer(positions, frequencies)
+        return torch.complex(angles.cos(), angles.sin()).to(torch.complex64)[:, None, None]
+
+
+def _rotate(query_key: Tensor, rotations: Tensor) -> Tensor:
+    """Turn [B, T, 2, H, D] by the complex [T, 1, 1, D/2]."""
+    wide = query_key if query_key.dtype in (torch.float32, torch.float64) else query_key.float()
+    turned = torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * rotations
+    return torch.view_as_real(turned).flatten(-2).to(query_key.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, model: ModelSection) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = model.n_head, model.dropout
+        self.qkv = nn.Linear(model.n_embd, 3 * model.n_embd, bias=model.bias)
+        self.out = nn.Linear(model.n_embd, model.n_embd, bias=model.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotations: Tensor | None,
+        allowed: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        block: int,
+    ) -> Tensor:
+        """x [B, T, C], allowed: bool that broadcasts to [B, H, T, keys], True = may attend -> [B, T, C]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query_key = qkv[:, :, :2] if rotations is None else _rotate(qkv[:, :, :2], rotations)
+        query, key = query_key.permute(2, 0, 3, 1, 4)
+        value = qkv[:, :, 2].transpose(1, 2)
+        if cache is not None:
+            key, value = cache.extend(block, key, value)
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, model: ModelSection, gelu: str) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.up = nn.Linear(model.n_embd, 4 * model.n_embd, bias=model.bias)
+        self.down = nn.Linear(4 * model.n_embd, model.n_embd, bias=model.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.gelu))
+
+
+class Block(nn.Module):
+    def __init__(self, model: ModelSection, gelu: str) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(model.n_embd, bias=model.bias)
+        self.attention = Attention(model)
+        self.mlp_norm = nn.LayerNorm(model.n_embd, bias=model.bias)
+        self.mlp = Mlp(model, gelu)
+        self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
+
+    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), *attention_arguments))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Trunk(nn.Module):
+    """Tokens to hidden states; everything below the heads."""
+
+    def __init__(self, model: ModelSection, vocabulary: Vocabulary, *, block_size: int, gelu: str = "none") -> None:
+        super().__init__()
+        self.causal, self.block_size, self.frozen = model.attention == "causal", block_size, False
+        self.half_head = model.n_embd // model.n_head // 2
+        self.wte = nn.Embedding(vocabulary.size, model.n_embd)
+        self.wpe = nn.Embedding(block_size, model.n_embd) if model.position == "learned" else None
+        self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(Block(model, gelu) for _ in range(model.n_layer))
+        self.norm = nn.LayerNorm(model.n_embd, bias=model.bias)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual_std = 0.02 / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(parameter, std=residual_std if is_residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def train(self, mode: bool = True) -> Trunk:
+        return super().train(mode and not self.frozen)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        layers: tuple[int, ...] = (-1,),
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Read tokens.
+
+        Args:
+            tokens: [B, T] int64.
+            attention_mask: [B, T] bool, True = real token; None: all are.
+            layers: whose states to return, concatenated in this order: -1 the final norm's output, k the output of
+                block k (from 1).
+            cache: what earlier calls have read (causal only); these tokens follow it and are added to it.
+
+        Returns:
+            [B, T, C x len(layers)].
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        x = self.wte(tokens)
+        rotations = None
+        if self.wpe is None:
+            table_length = max(64, 1 << (end - 1).bit_length())  # a few tables serve all lengths
+            rotations = _rotations(table_length, self.half_head, tokens.device)[start:end]
+        else:
+            if end > self.block_size:
+                raise ValueError(f"learned positions end at data.block_size = {self.block_size}, got {end} tokens")
+            x = x + self.wpe.weight[start:end]
+        x = self.dropout(x)
+        allowed, causal = self._allowed(tokens, attention_mask, start)
+        states = {}
+        for index, block in enumerate(self.blocks, start=1):
+            x = block(x, rotations, allowed, causal, cache, index - 1)
+            if index in layers:
+                states[index] = x
+        if cache is not None:
+            cache.length = end
+        states[-1] = self.norm(x)
+        return states[-1] if layers == (-1,) else torch.cat([states[layer] for layer in layers], dim=-1)
+
+    def _allowed(self, tokens: Tensor, attention_mask: Tensor | None, start: int) -> tuple[Tensor | None, bool]:
+        """The boolean attention mask, if one is needed, and whether SDPA's own causal path serves instead."""
+        length = tokens.shape[1]
+        if not self.causal:
+            assert start == 0, "only a causal trunk reads on from a KV cache"
+            if attention_mask is None:
+                return None, False
+            return (attention_mask | ~attention_mask.any(dim=1, keepdim=True))[:, None, None], False
+        if attention_mask is None and (start == 0 or length == 1):
+            return None, length > 1
+        earlier = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
+        if attention_mask is None:
+            return earlier, False
+        assert start == 0, "a KV cache takes rows without pads"
+        itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
+        return ((earlier & attention_mask[:, None]) | itself)[:, None], False
+
+
+class GPT(nn.Module):
+    """A trunk and the heads of one mode (DESIGN 3).
+
+    Args:
+        model: sizes, attention, positions, and which of critic and sampler a language model has.
+        vocabulary: base tokens, [MASK], pad.
+        mode: `language_model` (alias `generator`), `reward`, `token_classifier` or `sequence_scorer`.
+        block_size: T of training; the number of learned positions.
+        reward: layers, pooling and width of the reward head; pooling of the scorer. Its defaults when None.
+        num_classes: classes of `token_classifier`.
+        lm_residual: above 0, the lm head is untied, with a residual MLP of this width.
+        gelu: `none` (exact) or `tanh`.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        vocabulary: Vocabulary,
+        *,
+        mode: str = "language_model",
+        block_size: int,
+        reward: RewardSection | None = None,
+        num_classes: int = 2,
+        lm_residual: int = 0,
+        gelu: str = "none",
+    ) -> None:
+        super().__init__()
+        mode = "language_model" if mode == "generator" else mode
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of generator, {', '.join(MODES)}, got {mode!r}")
+        self.model, self.vocabulary, self.mode, self.block_size = model, vocabulary, mode, block_size
+        self.reward, self.num_classes, self.gelu = reward or RewardSection(), num_classes, gelu
+        self.trunk = Trunk(model, vocabulary, block_size=block_size, gelu=gelu)
+        self.heads = nn.ModuleDict(self._make_heads())
+        if mode == "language_model" and lm_residual:
+            self.untie(lm_residual)
+
+    def _make_heads(self) -> dict[str, nn.Module]:
+        width = self.model.n_embd
+        if self.mode == "reward":
+            for layer in self.reward.layers:
+                if layer != -1 and not 1 <= layer <= self.model.n_layer:
+                    last = self.model.n_layer
+                    raise ValueError(f"reward.layers must be -1 or between 1 and model.n_layer ({last}), got {layer}")
+            head = RewardHead(
+                width * len(self.reward.layers),
+                hidden=self.reward.hidden,
+                pooling=self.reward.pooling,
+                spectral=self.reward.spectral_norm,
+            )
+            return {"reward": head}
+        if self.mode == "token_classifier":
+            return {"classifier": ClassifierHead(width, self.num_classes)}
+        if self.mode == "sequence_scorer":
+            return {"scorer": ScorerHead(width, self.reward.pooling)}
+        heads: dict[str, nn.Module] = {"lm": LmHead(self.trunk.wte)}
+        if self.model.critic:
+            heads["critic"] = CriticHead(width)
+        if self.model.sampler:
+            heads["sampler"] = SamplerHead(width)
+        return heads
+
+    def forward(
+        self,
+        tokens: Tensor,
+        head: str | tuple[str, ...] | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """One trunk pass, routed to a head, or to several that share it.
+
+        Args:
+            tokens: [B, T] int64.
+            head: a name, several names, or None for the mode's own (lm, reward, classifier, scorer).
+            attention_mask: [B, T] bool, True = real token.
+            positions: [B, T] bool. Per-token heads are computed only there, in row-major order; heads that pool a text
+                pool these tokens (the completion).
+
+        Returns:
+            The head's output, or name -> output when several are named. With .. = B, T or, given positions, their
+            number M: lm [.., V] logits; critic [..] error logits; sampler [.., C] features conditioned on the
+            neighbours in tokens; classifier [.., num_classes] logits; reward [B, 2] = P(natural), P(synthetic);
+            scorer [B] in (0, 1).
+        """
+        if isinstance(head, tuple):
+            for name in head:
+                self._require(name)
+            hidden = self.encode(tokens, attention_mask)
+            return {name: self._apply(name, hidden, tokens, attention_mask, positions) for name in head}
+        head = head or MODES[self.mode]
+        self._require(head)
+        if head == "reward":
+            features = self.encode_layers(tokens, attention_mask, self.reward.layers)
+            mask = _completion(tokens, attention_mask, positions)
+            return self.heads["reward"](features, mask).logits.softmax(dim=-1)
+        return self._apply(head, self.encode(tokens, attention_mask), tokens, attention_mask, positions)
+
+    def _apply(
+        self, head: str, hidden: Tensor, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        if head == "scorer":
+            return self.heads[head](hidden, _completion(tokens, attention_mask, positions))
+        inputs = (hidden, *self.neighbor_embeddings(tokens)) if head == "sampler" else (hidden,)
+        if positions is not None:
+            inputs = tuple(x[positions] for x in inputs)
+        return self.heads[head](*inputs)
+
+    def _require(self, head: str) -> None:
+        if head not in self.heads:
+            raise ValueError(f"this model (mode {self.mode}) has no head {head!r}; it has: {', '.join(self.heads)}")
+
+    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T] -> hidden states [B, T, C] after the final norm."""
+        return self.trunk(tokens, attention_mask)
+
+    def encode_layers(self, tokens: Tensor, attention_mask: Tensor | None, layers: tuple[int, ...]) -> Tensor:
+        """[B, T] -> [B, T, C x len(layers)]; see `Trunk.forward`."""
+        return self.trunk(tokens, attention_mask, layers)
+
+    def critic_scores(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T] -> [B, T] logits of "this token is wrong"."""
+        return self.forward(tokens, "critic", attention_mask)
+
+    def reward_scores(
+        self, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None = None
+    ) -> RewardOutput:
+        """The reward head's logits for texts [B, T] and for their tokens, on one trunk pass."""
+        self._require("reward")
+        return self.heads["reward"](self.encode_layers(tokens, attention_mask, self.reward.layers), completion_mask)
+
+    def embed_known(self, tokens: Tensor) -> Tensor:
+        """[...] -> [..., C] token embeddings; zero vectors for what is no text ([MASK], pad, -1 for none)."""
+        known = (tokens >= 0) & (tokens < self.vocabulary.base_size)
+        return self.trunk.wte(tokens.clamp(min=0)) * known.unsqueeze(-1)
+
+    def neighbor_embeddings(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] -> left and right neighbours' embeddings, [B, T, C] each; zero at an edge, a [MASK] or a pad."""
+        known = self.embed_known(tokens)
+        return F.pad(known, (0, 0, 1, -1)), F.pad(known, (0, 0, -1, 1))
+
+    def untie(self, residual: int = 0) -> None:
+        """Give the lm head its own copy of the token embedding and, above 0, a residual MLP (see `LmHead.untie`)."""
+        self._require("lm")
+        self.heads["lm"].untie(residual)
+
+    def freeze_trunk(self) -> None:
+        """Stop gradients and dropout below the heads. A tied lm head is untied, for it would train the trunk."""
+        if "lm" in self.heads:
+            self.untie()
+        self.trunk.requires_grad_(False)
+        self.trunk.frozen = True
+        self.trunk.eval()
+
+    def unfreeze_trunk(self) -> None:
+        """Train the trunk again. The lm head stays untied: the two may differ by now."""
+        self.trunk.requires_grad_(True)
+        self.trunk.frozen = False
+        self.trunk.train(self.training)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: of the trunk, of each head, in all, and of those that train."""
+        parts = {"trunk": self.trunk, **{f"heads.{name}": head for name, head in self.heads.items()}}
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counts["total"] = sum(counts.values())
+        counts["trainable"] = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return counts
+
+
+def text_logits(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """[..., V] -> [..., base_size]: the columns that can be text; [MASK], pad and padding columns come after them."""
+    return logits[..., : vocabulary.base_size]
+
+
+def _completion(tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    mask = torch.ones_like(tokens, dtype=torch.bool) if positions is None else positions
+    return mask if attention_mask is None else mask & attention_mask
