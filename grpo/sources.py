@@ -1,0 +1,278 @@
+"""Documents of a text source: text, JSONL, CSV, Parquet or Arrow; a file, a glob, a folder or any pyarrow.fs URI.
+
+A source is planned as parts, each readable by itself, so that workers share out a corpus and none holds all of it.
+
+1. The kind of a file is its suffix: .jsonl .ndjson .json (one object per line), .csv .tsv, .parquet .pq, .arrow .ipc
+   .feather; anything else is UTF-8 text, whose documents are what stands between two `data.separator`s.
+2. Text and JSONL are cut into ranges of `PART_BYTES`; a range owns the documents that begin after the first delimiter
+   in it (as in MapReduce), so no document is lost or read twice. Parquet is cut by row groups, the others not at all.
+3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.fs
+import pyarrow.parquet
+
+EMBEDDED = "python-docs"
+PART_BYTES = 32 * 2**20
+_READ_BYTES = 2**20
+_BOM = b"\xef\xbb\xbf"
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+          ".pq": "parquet", ".arrow": "arrow", ".ipc": "arrow", ".feather": "arrow"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one task reads of one file: bytes [start, stop) of text, row groups [start, stop) of Parquet, or all."""
+
+    path: str
+    filesystem: pa.fs.FileSystem | None = None
+    start: int = 0
+    stop: int = 0
+    num_bytes: int = 0
+
+
+def read_documents(source: str, text_column: str = "text", separator: str = "\n\n") -> Iterator[str]:
+    """All documents of a source, in the order of its files' names.
+
+    Raises:
+        ValueError: missing, unreadable or not UTF-8, or without the text column; names the file and the remedy.
+    """
+    for part in plan_parts(source, separator):
+        yield from read_part(part, text_column, separator)
+
+
+def plan_parts(source: str, separator: str) -> list[Part]:
+    """The parts of a source, in order; reads no more than listings and Parquet footers."""
+    if source == EMBEDDED:
+        return [Part(EMBEDDED)]
+    parts = []
+    for info, filesystem in list_files(source):
+        kind = _kind(info.path)
+        if kind == "parquet":
+            metadata = _parquet(Part(info.path, filesystem)).metadata
+            parts += [Part(info.path, filesystem, group, group + 1, metadata.row_group(group).total_byte_size)
+                      for group in range(metadata.num_row_groups)]
+        elif kind == "jsonl" or (kind == "text" and separator):
+            for start in range(0, info.size, PART_BYTES):
+                stop = min(start + PART_BYTES, info.size)
+                parts.append(Part(info.path, filesystem, start, stop, stop - start))
+        else:
+            parts.append(Part(info.path, filesystem, 0, info.size, info.size))
+    return parts
+
+
+def list_files(source: str) -> list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]:
+    """The files that a file, glob, folder or URI names, sorted by path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    literal = "://" not in source and Path(source).expanduser().exists()
+    wildcard = None if literal else re.search(r"[*?\[]", source)
+    base = source if wildcard is None else source[: source.rfind("/", 0, wildcard.start()) + 1]
+    try:
+        if "://" in source:
+            filesystem, path = pa.fs.FileSystem.from_uri(base)
+        else:
+            filesystem, path = pa.fs.LocalFileSystem(), str(Path(base or ".").expanduser().resolve())
+        info = filesystem.get_file_info(path)
+        if info.type == pa.fs.FileType.File:
+            return [(info, filesystem)]
+        found = filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True, allow_not_found=True))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"data.source: cannot open {source} ({_first_line(error)}): check the path or URI") from error
+    pattern = re.compile(".*" if wildcard is None else _glob_regex(source[len(base):]), re.DOTALL)
+    chosen = []
+    for info in found:
+        relative = PurePosixPath(info.path).relative_to(PurePosixPath(path))
+        if info.is_file and pattern.fullmatch(str(relative)) and not any(p[0] in "._" for p in relative.parts):
+            chosen.append((info, filesystem))
+    if not chosen or not source:
+        raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
+    return sorted(chosen, key=lambda pair: pair[0].path)
+
+
+def source_digests(source: str) -> list[dict[str, str]]:
+    """Name and sha256 of every file of a source, read block by block."""
+    if source == EMBEDDED:
+        digest = hashlib.sha256()
+        for document in _embedded_documents():
+            digest.update(document.encode() + b"\0")
+        return [{"name": EMBEDDED, "sha256": digest.hexdigest()}]
+    digests = []
+    for info, filesystem in list_files(source):
+        digest = hashlib.sha256()
+        with _open(Part(info.path, filesystem)) as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+        digests.append({"name": info.path, "sha256": digest.hexdigest()})
+    return digests
+
+
+def read_part(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    """The documents of one part, in order."""
+    if part.path == EMBEDDED:
+        yield from _embedded_documents()
+    else:
+        yield from filter(None, _READERS[_kind(part.path)](part, text_column, separator))
+
+
+def _embedded_documents() -> list[str]:
+    from pydoc_data.topics import topics  # the language reference that `help()` shows
+
+    return [topics[name] for name in sorted(topics)]
+
+
+def _kind(path: str) -> str:
+    return _KINDS.get(PurePosixPath(path).suffix.lower(), "text")
+
+
+def _glob_regex(glob: str) -> str:
+    """`**/` any folders, `*` and `?` within one name, `[...]` a set."""
+    translate = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.findall(r"\*\*/?|\*|\?|\[[^]]+\]|.", glob, re.DOTALL)
+    return "".join(translate.get(t) or (t.replace("[!", "[^") if len(t) > 1 else re.escape(t)) for t in tokens)
+
+
+def _open(part: Part) -> pa.NativeFile:
+    try:
+        return part.filesystem.open_input_file(part.path)
+    except OSError as error:
+        raise ValueError(f"data.source: cannot open {part.path} ({_first_line(error)}): check the path and its "
+                         "permissions") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _read_text(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    _, text = _range_text(part, separator.encode())
+    return iter(text.split(separator) if separator else [text])
+
+
+def _read_jsonl(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    offset, text = _range_text(part, b"\n")
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{part.path}, line {number}" + (f" after byte {offset}" if offset else "")
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON ({error}): write one object per line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} holds a JSON {type(record).__name__}: write one object per line")
+        if text_column not in record:
+            raise ValueError(_no_column(where, text_column, list(record)))
+        if not isinstance(record[text_column], str | None):
+            raise ValueError(f"{where}: {text_column!r} holds a {type(record[text_column]).__name__}, not text: set "
+                             f"data.text_column to one of {', '.join(record)}")
+        yield record[text_column] or ""
+
+
+def _range_text(part: Part, delimiter: bytes) -> tuple[int, str]:
+    """The text of a range, from the end of the first delimiter in it to that of the first one after it."""
+    with _open(part) as file:
+        file.seek(part.start)
+        data = file.read(part.stop - part.start)
+        tail = b""
+        while delimiter and delimiter not in tail and (block := file.read(_READ_BYTES)):
+            tail += block
+    end = tail.find(delimiter)
+    data += tail if end < 0 else tail[: end + len(delimiter)]
+    begin = 0
+    if part.start:
+        found = data.find(delimiter)
+        begin = len(data) if found < 0 else found + len(delimiter)
+    elif data.startswith(_BOM):
+        begin = len(_BOM)
+    try:
+        return part.start + begin, data[begin:].decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{part.path} is not UTF-8 text (byte {part.start + begin + error.start}): convert it, for "
+                         f"example with `iconv -f latin1 -t utf-8`, or leave it out of data.source") from error
+
+
+def _no_column(where: str, text_column: str, names: list[str]) -> str:
+    return f"{where} has no column {text_column!r}: set data.text_column to one of {', '.join(names) or '(none)'}"
+
+
+def _texts(part: Part, text_column: str, column: pa.Array | pa.ChunkedArray) -> list[str]:
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise ValueError(f"{part.path}: column {text_column!r} holds {kind}, not text: set data.text_column to another")
+    try:
+        return column.drop_null().to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{part.path}: column {text_column!r} holds text that is not UTF-8: write it again") from error
+
+
+def _parquet(part: Part) -> pa.parquet.ParquetFile:
+    try:
+        return pa.parquet.ParquetFile(_open(part))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(_damaged(part, "Parquet", error)) from error
+
+
+def _damaged(part: Part, kind: str, error: Exception) -> str:
+    return f"{part.path} is not a readable {kind} file ({_first_line(error)}): write or fetch it again"
+
+
+def _read_parquet(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    file = _parquet(part)
+    if text_column not in file.schema_arrow.names:
+        raise ValueError(_no_column(part.path, text_column, file.schema_arrow.names))
+    try:
+        table = file.read_row_groups(range(part.start, part.stop), columns=[text_column])
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(_damaged(part, "Parquet", error)) from error
+    yield from _texts(part, text_column, table.column(text_column))
+
+
+def _read_arrow(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    """An IPC file, or the IPC stream that Hugging Face datasets are kept in."""
+    try:
+        with _open(part) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            if is_file:
+                reader = pa.ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                reader = batches = pa.ipc.open_stream(file)
+            if text_column not in reader.schema.names:
+                raise ValueError(_no_column(part.path, text_column, reader.schema.names))
+            for batch in batches:
+                yield from _texts(part, text_column, batch.column(text_column))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(_damaged(part, "Arrow", error)) from error
+
+
+def _read_csv(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    parse = pa.csv.ParseOptions(delimiter="\t" if part.path.lower().endswith(".tsv") else ",", newlines_in_values=True)
+    try:
+        with _open(part) as file:
+            names = pa.csv.open_csv(file, parse_options=parse).schema.names
+        if text_column not in names:
+            raise ValueError(_no_column(part.path, text_column, names))
+        convert = pa.csv.ConvertOptions(include_columns=[text_column], column_types={text_column: pa.string()})
+        with _open(part) as file:
+            for batch in pa.csv.open_csv(file, parse_options=parse, convert_options=convert):
+                yield from _texts(part, text_column, batch.column(0))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(_damaged(part, "CSV", error)) from error
+
+
+_READERS = {"text": _read_text, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet, "arrow": _read_arrow}
