@@ -58,7 +58,7 @@ def ramp(step: int, start: int, end: int, final: float) -> float:
     """0 up to `start`, `final` from `end` on, linear between; a jump at `end` when both are equal."""
     if step >= end:
         return final
-    return final * max(step - start, 0) / (end - start)
+    return final * (step - start) / (end - start) if step > start else 0.0
 
 
 def stratified_rows(run_seed: int, stream: int, step: int, rows: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
