@@ -83,10 +83,11 @@ class Attention(nn.Module):
         block: int,
     ) -> Tensor:
         """x [B, T, C], allowed: bool that broadcasts to [B, H, T, keys], True = may attend -> [B, T, C]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        query_key = qkv[:, :, :2] if rotations is None else _rotate(qkv[:, :, :2], rotations)
+        query_key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)
+        if rotations is not None:
+            query_key = _rotate(query_key, rotations)
         query, key = query_key.permute(2, 0, 3, 1, 4)
-        value = qkv[:, :, 2].transpose(1, 2)
+        value = value.squeeze(2).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(block, key, value)
         y = F.scaled_dot_product_attention(
@@ -294,16 +295,16 @@ class GPT(nn.Module):
             for name in head:
                 self._require(name)
             hidden = self.encode(tokens, attention_mask)
-            return {name: self._apply(name, hidden, tokens, attention_mask, positions) for name in head}
+            return {name: self._route(name, hidden, tokens, attention_mask, positions) for name in head}
         head = head or MODES[self.mode]
         self._require(head)
         if head == "reward":
             features = self.encode_layers(tokens, attention_mask, self.reward.layers)
             mask = _completion(tokens, attention_mask, positions)
             return self.heads["reward"](features, mask).logits.softmax(dim=-1)
-        return self._apply(head, self.encode(tokens, attention_mask), tokens, attention_mask, positions)
+        return self._route(head, self.encode(tokens, attention_mask), tokens, attention_mask, positions)
 
-    def _apply(
+    def _route(
         self, head: str, hidden: Tensor, tokens: Tensor, attention_mask: Tensor | None, positions: Tensor | None
     ) -> Tensor:
         if head == "scorer":

@@ -126,7 +126,7 @@ def finish_dataset(
     for split in needed:
         if not splits[split]["blocks"]:
             unit = "documents" if section.layout == "documents" else f"blocks of data.block_size={section.block_size}"
-            raise ValueError(f"data.source: {name} is too short ({total} tokens): its {split} split holds no whole row; "
+            raise ValueError(f"data.source: {name} is too short ({total} tokens): no whole row for {split}; "
                              f"use {len(needed)} {unit} or more, or a smaller data.block_size")
     tokenizer.save(folder)
     meta = {"format": FORMAT, "section": asdict(section),

@@ -354,7 +354,7 @@ def sampler_loss(
         denominator: masked positions over all micro-batches and ranks.
 
     Returns:
-        The loss, nats, and its detached copy by name.
+        (loss, metrics): the pair `loss_sampler` (see `grpo/metrics.py`), nats per masked position.
     """
     vocabulary = model.vocabulary
     column = torch.arange(clean.shape[1], device=clean.device)
@@ -368,5 +368,5 @@ def sampler_loss(
     logits = text_logits(functional_call(lm, constants, (states,)), vocabulary)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
     targets = torch.where(masked, clean, -100).flatten()  # cross_entropy ignores -100
-    loss = F.cross_entropy(logits, targets, reduction="sum") / denominator
-    return loss, {"sampler_loss": loss.detach()}
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    return total / denominator, {"loss_sampler": torch.stack([total.detach(), masked.sum()]).double()}

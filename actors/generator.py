@@ -1,0 +1,52 @@
+"""The generator in a process: it holds a mounted trunk and the newest heads, and rolls out.
+
+1. Heads come with every call, by reference, so a restarted actor cannot act with stale ones.
+2. Noise belongs to the sample's global index, so results do not depend on how many actors share the work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from actors.trunk_store import Arrays, Blueprint, load_heads, mount
+from grpo.config import DenoiseSection
+from grpo.model import GPT
+from grpo.noise import row_seeds
+from grpo.trajectory import Rollout, roll_out
+
+ROLLOUT_STREAM = 11
+"""Noise stream of rollouts (see `grpo.noise.row_seeds`)."""
+
+
+class Generator:
+    """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor."""
+
+    def __init__(self, blueprint: Blueprint, trunk: Arrays, heads: Arrays, *, settings: DenoiseSection, remasking: str,
+                 policy_tokens: str, prompt_tokens: int, group_size: int, min_neighbors_ratio: float, seed: int,
+                 lm_residual: int, threads: int, device: str = "cpu", remasking_model: GPT | None = None) -> None:
+        torch.set_num_threads(threads)
+        self.model = mount(blueprint, "generator", trunk, heads, lm_residual=lm_residual, device=device)
+        self.version = -1
+        self.seed, self.group_size, self.device = seed, group_size, device
+        self.settings = {"settings": settings, "remasking": remasking, "policy_tokens": policy_tokens,
+                         "prompt_tokens": prompt_tokens, "group_size": group_size,
+                         "min_neighbors_ratio": min_neighbors_ratio, "remasking_model": remasking_model}
+
+    def roll_out(self, heads: Arrays, version: int, mask_bias: float, round: int, indices: torch.Tensor,
+                 prompts: torch.Tensor, attention_mask: torch.Tensor) -> Rollout:
+        """Continue prompts.
+
+        Args:
+            heads, version: the policy's heads and their number; copied only when new.
+            mask_bias: bias on the [MASK] logit, nats.
+            round: numbers the noise together with the indices.
+            indices: [n] int64, global index of each prompt in this round.
+            prompts, attention_mask: [n, T].
+        """
+        if version != self.version:
+            load_heads(self.model, heads)
+            self.version = version
+        samples = (indices[:, None] * self.group_size + torch.arange(self.group_size)).flatten()
+        seeds = row_seeds(self.seed, ROLLOUT_STREAM, round, samples).to(self.device)
+        return roll_out(self.model, prompts.to(self.device), attention_mask.to(self.device), seeds=seeds,
+                        mask_bias=mask_bias, policy_version=version, **self.settings)

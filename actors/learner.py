@@ -1,0 +1,359 @@
+"""The learner in a process: generator phase and reward phase of one adversarial round, over the frozen trunk.
+
+1. Both phases train on states that never change: the generator on the rollout's cached hidden states, the reward head
+   on cached features. No trunk pass belongs to an update, except the anchor's on natural text.
+2. Distribution is applied from outside: `wrap` makes a module data-parallel, `all_reduce(tensor, op)` reduces over ranks.
+   Losses carry global denominators and are multiplied by the number of ranks, because DDP averages.
+3. Every sample has a global index k in 0..B-1; a rank owns a contiguous range of them. Natural rows share the index
+   space: row k = n x G is the true continuation of prompt n, the others are further windows. The reward phase draws
+   the same (round, k) pairs on every rank and each rank trains on those it owns, so the number of ranks changes
+   nothing but the order of summation.
+4. The reward head is judged before it is trained: its accuracy on a round's new texts is a held-out figure.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.phase import Phase, accumulating
+from actors.reward import Scores
+from actors.trunk_store import Arrays, Blueprint, mount, to_arrays
+from grpo.config import Config
+from grpo.corruption import stratified_rows
+from grpo.data import Batch
+from grpo.mask_bias import MaskBias
+from grpo.metrics import means, merge_sums, pack_sums, unpack_sums, weighted_sum
+from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
+from grpo.optim import Parts, clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
+from grpo.policy_loss import (
+    action_weights,
+    clipped_policy_loss,
+    entropy,
+    equal_groups,
+    exact_kl,
+    group_advantages,
+    likelihood_ratios,
+)
+from grpo.reward_loss import dense_rewards, discriminator_loss, log_odds, reward_steps
+from grpo.trajectory import Rollout, policy_log_probs
+
+ANCHOR_STREAM = 21
+PAIR_STREAM = 22
+BEYOND_RAMPS = 1 << 40
+"""Step at which every curriculum of pretraining has reached its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """A round's generated and natural texts of this rank, index k by index k."""
+
+    round: int
+    tokens: Tensor
+    """[2, b, T] generated, natural."""
+    attention_mask: Tensor
+    """[2, b, T] bool."""
+    features: Tensor
+    """[2, b, T - P, F] frozen states of the part after the prompt."""
+    mask: Tensor
+    """[2, b, T - P] bool, tokens that are scored."""
+
+
+class Learner:
+    """Owns the trainable heads, their optimisers and controllers. A plain class, driven by a Ray Train worker."""
+
+    def __init__(self, blueprint: Blueprint, config: Config, trunk: Arrays, heads: Arrays, *, remasking: str,
+                 rank: int = 0, world: int = 1, wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+                 all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor, device: str = "cpu") -> None:
+        self.config, self.rank, self.world = config, rank, world
+        self.remasking, self.all_reduce, self.device = remasking, all_reduce, device
+        self.model = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
+        self.reference = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
+        self.reference.requires_grad_(False)
+        torch.manual_seed(config.run.seed)
+        self.reward_head = blueprint.build("reward").heads["reward"].to(device)
+        self.average = copy.deepcopy(self.reward_head).requires_grad_(False)
+        self.stage = stage(config, BEYOND_RAMPS)
+        self.parts: Parts = trainable_parts(dict(self.model.heads.items()))
+        self.generator_phase_module = wrap(Phase(dict(self.model.heads.items())))
+        self.reward_phase_module = wrap(Phase({"reward": self.reward_head}))
+        self.optimizer = make_optimizer(self.parts, learning_rate=config.grpo.learning_rate)
+        self.reward_parts = trainable_parts({"reward": self.reward_head})
+        self.reward_optimizer = make_optimizer(self.reward_parts, learning_rate=config.reward.learning_rate)
+        self.mask_bias = MaskBias(config.mask_bias, device)
+        self.buffer: deque[Texts] = deque(maxlen=config.reward.replay_rounds + 1)
+        self.num_reward_steps = config.reward.max_steps
+        self.version = 0
+
+    # ---- what the actors need -------------------------------------------------------------------------------------
+
+    def generator_heads(self) -> Arrays:
+        return {name: array.copy() for name, array in to_arrays(self.model.heads.state_dict()).items()}
+
+    def scoring_heads(self) -> Arrays:
+        """The averaged reward head, under the names that a reward model's heads have."""
+        state = {f"reward.{name}": value for name, value in self.average.state_dict().items()}
+        return {name: array.copy() for name, array in to_arrays(state).items()}
+
+    @property
+    def bias(self) -> float:
+        return float(self.mask_bias.bias)
+
+    # ---- the round ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def natural_features(self, natural: Batch) -> Tensor:
+        """[b, T - P, F] features of this rank's natural rows; computed while the actors roll out."""
+        mask = None if bool(natural.attention_mask.all()) else natural.attention_mask.to(self.device)
+        features = self.model.encode_layers(natural.tokens.to(self.device), mask, self.config.reward.layers)
+        return features[:, self.config.grpo.prompt_tokens:]
+
+    def remember(self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch,
+                 features: Tensor) -> dict[str, float]:
+        """Add a round's texts to the replay buffer and judge the reward head on them before it sees them in training.
+
+        Args:
+            rollouts, scores: of this rank's actors, in the order of the global index.
+            natural, features: this rank's natural rows [b, T] and their features.
+        """
+        prompt = self.config.grpo.prompt_tokens
+        natural_mask = natural.attention_mask[:, prompt:]
+        texts = Texts(
+            round=round,
+            tokens=torch.stack([torch.cat([r.tokens for r in rollouts]), natural.tokens]),
+            attention_mask=torch.stack([torch.cat([r.attention_mask for r in rollouts]), natural.attention_mask]),
+            features=torch.stack([torch.cat([s.features[:, prompt:] for s in scores]).to(self.device), features]),
+            mask=torch.stack([torch.cat([r.completion_mask[:, prompt:] for r in rollouts]), natural_mask]).to(self.device),
+        )
+        self.buffer.append(texts)
+        with torch.no_grad():
+            odds = [log_odds(self.reward_head(f, m).logits) for f, m in zip(texts.features, texts.mask, strict=True)]
+        correct = torch.cat([odds[0] < 0, odds[1] > 0])
+        return self._means({"reward_accuracy": weighted_sum(correct, torch.ones_like(correct))})
+
+    def generator_phase(self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch,
+                        rows: Tensor) -> dict[str, float]:
+        """Group-relative policy gradient on the rollouts' cached states, plus the anchor on natural text.
+
+        Args:
+            rollouts, scores: of this rank's actors.
+            natural: this rank's share of the anchor batch; rows: [b] its global row indices in the batch.
+
+        Returns:
+            Metrics, the same on every rank.
+        """
+        grpo = self.config.grpo
+        rollouts = [rollout.to(self.device) for rollout in rollouts]
+        advantages, sums = self._advantages(rollouts, scores)
+        num_actions = self._sum(sum(len(r.actions) for r in rollouts))
+        num_samples = self._sum(sum(len(r.tokens) for r in rollouts))
+        actions_per_row = self._actions_per_row(rollouts[0])
+        ratio_max = torch.zeros((), device=self.device)
+        norms: dict[str, Tensor] = {}
+        for iteration in range(grpo.num_iterations):
+            self.optimizer.zero_grad(set_to_none=True)
+            for index, rollout in enumerate(rollouts):
+                last = index == len(rollouts) - 1
+
+                def losses(rollout: Rollout = rollout, advantage: Tensor = advantages[index], last: bool = last,
+                           iteration: int = iteration) -> Tensor:
+                    nonlocal ratio_max
+                    loss, part, largest = self._policy_losses(rollout, advantage, num_samples, num_actions, actions_per_row)
+                    ratio_max = torch.maximum(ratio_max, largest)
+                    _accumulate(sums, part)
+                    if last and grpo.anchor:
+                        anchor, part = self._anchor_loss(round * grpo.num_iterations + iteration, natural, rows)
+                        _accumulate(sums, part)
+                        loss = loss + grpo.anchor * anchor
+                    return loss * self.world
+
+                with accumulating(self.generator_phase_module, not last):
+                    self.generator_phase_module(losses).backward()
+            norms = clip_parts(self.parts, grpo.grad_clip)
+            self._check_finite(norms, f"generator phase of round {round}")
+            self.optimizer.step()
+        self.version += 1
+        metrics = self._means(sums)
+        return metrics | {
+            "ratio_max": float(self.all_reduce(ratio_max, "max")), "learning_rate": grpo.learning_rate, "mask_bias": self.bias,
+            "completion_length": float(rollouts[0].completion_mask.sum(-1).float().mean()),
+            **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()},
+        }
+
+    def reward_phase(self, round: int, num_steps: int | None = None) -> dict[str, float]:
+        """Train the reward head on pairs of generated and natural texts, new ones and replayed ones.
+
+        Args:
+            num_steps: optimizer steps; None: what the accuracy-band controller says.
+        """
+        settings = self.config.reward
+        steps = self.num_reward_steps if num_steps is None else num_steps
+        per_rank = len(self.buffer[-1].tokens[0])
+        low = self.rank * per_rank
+        generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + round * 1009 + PAIR_STREAM)
+        sums: dict[str, Tensor] = {}
+        for _ in range(steps):
+            pairs = settings.batch_size // 2
+            slots = torch.randint(per_rank * self.world, (pairs,), generator=generator)
+            ages = torch.randint(max(1, len(self.buffer) - 1), (pairs,), generator=generator)
+            ages[: pairs // 2] = len(self.buffer) - 1  # half from this round, half from earlier ones
+            owned = (slots >= low) & (slots < low + per_rank)
+            features, mask = self._gather(ages[owned], slots[owned] - low)
+            natural = torch.arange(len(features), device=features.device) >= len(features) // 2
+
+            def losses(features: Tensor = features, mask: Tensor = mask, natural: Tensor = natural) -> Tensor:
+                output = self.reward_head(features, mask)
+                loss, part = discriminator_loss(output.logits, output.token_logits, natural, mask, loss=settings.loss,
+                                                smoothing=settings.smoothing, total_texts=settings.batch_size)
+                _accumulate(sums, part)
+                return loss * self.world
+
+            self.reward_optimizer.zero_grad(set_to_none=True)
+            self.reward_phase_module(losses).backward()
+            self._check_finite(clip_parts(self.reward_parts, 1.0), f"reward phase of round {round}")
+            self.reward_optimizer.step()
+        with torch.no_grad():
+            for mean, now in zip(self.average.parameters(), self.reward_head.parameters(), strict=True):
+                mean.lerp_(now, 1 - settings.ema)
+            for mean, now in zip(self.average.buffers(), self.reward_head.buffers(), strict=True):
+                mean.copy_(now)
+        return self._means(sums) | {"reward_steps": steps}
+
+    def steer_reward(self, accuracy: float) -> None:
+        """Choose the next round's reward steps by the held-out accuracy (DESIGN 10)."""
+        settings = self.config.reward
+        self.num_reward_steps = reward_steps(self.num_reward_steps, accuracy, band_low=settings.band_low,
+                                             band_high=settings.band_high, min_steps=settings.min_steps,
+                                             max_steps=settings.max_steps)
+
+    # ---- state ----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, under plain names; trunk excluded."""
+        state = {f"heads.{name}": value for name, value in self.model.heads.state_dict().items()}
+        state |= {f"reward_head.{name}": value for name, value in self.reward_head.state_dict().items()}
+        state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        state |= {f"optimizer.{name}": value for name, value in flat_state(self.optimizer).items()}
+        state |= {f"reward_optimizer.{name}": value for name, value in flat_state(self.reward_optimizer).items()}
+        return state
+
+    def texts(self) -> dict[str, Tensor]:
+        """This rank's replay buffer as tokens; its features are computed again on load."""
+        return {f"{name}.{texts.round}": getattr(texts, name) for texts in self.buffer for name in ("tokens", "attention_mask")}
+
+    def numbers(self) -> dict[str, Any]:
+        return {"version": self.version, "num_reward_steps": self.num_reward_steps,
+                "mask_bias": self.mask_bias.state_dict()}
+
+    def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Continue from `tensors`, `texts` and `numbers`."""
+        take = lambda prefix: {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}  # noqa: E731
+        self.model.heads.load_state_dict(take("heads."))
+        self.reward_head.load_state_dict(take("reward_head."))
+        self.average.load_state_dict(take("average."))
+        load_flat_state(self.optimizer, take("optimizer."))
+        load_flat_state(self.reward_optimizer, take("reward_optimizer."))
+        self.version, self.num_reward_steps = numbers["version"], numbers["num_reward_steps"]
+        self.mask_bias.load_state_dict(numbers["mask_bias"])
+        prompt = self.config.grpo.prompt_tokens
+        self.buffer.clear()
+        for round in sorted(int(name.partition(".")[2]) for name in texts if name.startswith("tokens.")):
+            tokens, mask = texts[f"tokens.{round}"], texts[f"attention_mask.{round}"]
+            features = torch.stack([self.natural_features(Batch(t, m)) for t, m in zip(tokens, mask, strict=True)])
+            self.buffer.append(Texts(round=round, tokens=tokens, attention_mask=mask, features=features,
+                                     mask=mask[:, :, prompt:].to(self.device)))
+
+    # ---- parts of the phases --------------------------------------------------------------------------------------
+
+    def _advantages(self, rollouts: list[Rollout], scores: list[Scores]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """[b, T] advantages of each rollout's tokens, and the figures that describe the rewards."""
+        grpo, advantages, sums = self.config.grpo, [], {}
+        for rollout, score in zip(rollouts, scores, strict=True):
+            size, mask = rollout.group_size, rollout.completion_mask
+            logits, token_logits = score.logits.to(self.device), score.token_logits.to(self.device)
+            rewards = dense_rewards(logits, token_logits, mask, credit=grpo.credit, signal=self.config.reward.signal)
+            grouped, group_mask = rewards.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size))
+            advantage = group_advantages(grouped, mask=group_mask, normalize=grpo.normalize)
+            advantages.append(advantage.flatten(0, 1))
+            per_text = rewards.sum(-1) / mask.sum(-1).clamp(min=1)
+            natural = log_odds(logits).sigmoid()
+            ones, each = torch.ones_like(natural), advantage.flatten(0, 1)
+            groups = torch.tensor(float(len(grouped)), device=self.device)
+            _accumulate(sums, {
+                "reward": weighted_sum(per_text, ones),
+                "reward_square": weighted_sum(per_text.square(), ones),
+                "p_natural": weighted_sum(natural, ones),
+                "advantage_square": weighted_sum(each.square(), mask),
+                "zero_spread_groups": torch.stack([equal_groups(grouped).double(), groups.double()]),
+            })
+        return advantages, sums
+
+    def _policy_losses(self, rollout: Rollout, advantages: Tensor, num_samples: Tensor, num_actions: Tensor,
+                       actions_per_row: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        grpo = self.config.grpo
+        log_policy = policy_log_probs(self.model, rollout)
+        logprobs = log_policy.gather(-1, rollout.actions[:, None]).squeeze(-1)
+        common = {"rows": rollout.rows, "loss": grpo.loss}
+        ratios = likelihood_ratios(logprobs, rollout.logprobs, num_rows=len(rollout.tokens), **common)
+        weights = action_weights(num_rows=len(rollout.tokens), total_rows=num_samples, total_actions=num_actions,
+                                 actions_per_row=actions_per_row, **common)
+        loss, metrics = clipped_policy_loss(ratios, advantages[rollout.rows, rollout.positions], weights,
+                                            epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high)
+        with torch.no_grad():
+            log_reference = policy_log_probs(self.reference, rollout)
+        kl = exact_kl(log_policy, log_reference)
+        metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(entropy(log_policy), weights)}
+        return loss + grpo.kl * (weights * kl).sum(), metrics, ratios.detach().max()
+
+    def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The multi-task loss on natural text with the mask-bias controller, heads only (DESIGN 9)."""
+        tokens, mask = natural.tokens.to(self.device), natural.attention_mask.to(self.device)
+        seeds, times = stratified_rows(self.config.run.seed, ANCHOR_STREAM, step, rows, len(rows) * self.world)
+        seeds, times = seeds.to(self.device), times.to(self.device)
+        corrupted = corrupt_batch(self.model, self.config, self.stage, tokens, mask, seeds=seeds, times=times)
+        totals = self.all_reduce(counts(self.config, self.stage, corrupted))
+        loss, metrics = multitask_loss(self.model, self.config, self.stage, corrupted, seeds=seeds, totals=totals,
+                                       mask_bias=self.mask_bias.bias)
+        if "p_mask_unmask" in metrics:
+            self.mask_bias.update(self.all_reduce(metrics["p_mask_unmask"].clone()))
+        return loss, metrics
+
+    def _gather(self, ages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [2m, T - P, F] and masks of m pairs: generated first, natural second."""
+        features, masks = [], []
+        for side in (0, 1):
+            for age in range(len(self.buffer)):
+                chosen = slots[ages == age]
+                features.append(self.buffer[age].features[side][chosen])
+                masks.append(self.buffer[age].mask[side][chosen])
+        return torch.cat(features), torch.cat(masks)
+
+    def _actions_per_row(self, rollout: Rollout) -> int:
+        length = rollout.tokens.shape[1] - self.config.grpo.prompt_tokens
+        return length * (self.config.denoise.steps if self.remasking != "random" else 1)
+
+    def _sum(self, count: int) -> Tensor:
+        return self.all_reduce(torch.tensor(float(count), device=self.device))
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        values = means(unpack_sums(sums, self.all_reduce(pack_sums(sums))))
+        for name in ("reward", "advantage"):
+            if f"{name}_square" in values:
+                values[f"{name}_std"] = max(0.0, values.pop(f"{name}_square") - values.get(name, 0.0) ** 2) ** 0.5
+        return values
+
+    @staticmethod
+    def _check_finite(norms: dict[str, Tensor], phase: str) -> None:
+        for name, norm in norms.items():
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"{phase}: the gradient of head {name} is not finite; the last checkpoint is kept")
+
+
+def _accumulate(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    sums.update(merge_sums(sums, part))

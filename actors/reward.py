@@ -1,0 +1,60 @@
+"""The reward model in a process: the generator's bare trunk under a head that tells natural from synthetic.
+
+1. The trunk is frozen, so a text's features never change: they are computed here once, scored here, and travel to the
+   learner, whose reward phase trains on them without another trunk pass.
+2. One call scores whole groups with one version of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.trunk_store import Arrays, Blueprint, load_heads, mount
+from grpo.trajectory import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the reward model says of B texts, on the CPU."""
+
+    logits: Tensor
+    """[B, 2] pooled logits (natural, synthetic)."""
+    token_logits: Tensor
+    """[B, T] log-odds of natural per token."""
+    features: Tensor
+    """[B, T, F] frozen states that the head reads."""
+    version: int
+    """Version of the reward head that scored."""
+
+
+class Reward:
+    """Scores rollouts and natural text. A plain class; the pipeline makes it a Ray actor."""
+
+    def __init__(self, blueprint: Blueprint, trunk: Arrays, heads: Arrays, *, threads: int, device: str = "cpu") -> None:
+        torch.set_num_threads(threads)
+        self.model = mount(blueprint, "reward", trunk, heads, device=device)
+        self.version = -1
+        self.device = device
+
+    @torch.no_grad()
+    def score(self, heads: Arrays, version: int, rollout: Rollout) -> Scores:
+        """Features and scores of a rollout's final texts, by the given version of the head."""
+        if version != self.version:
+            load_heads(self.model, heads)
+            self.version = version
+        features = self._features(rollout.tokens, rollout.attention_mask)
+        output = self.model.heads["reward"](features, rollout.completion_mask.to(self.device))
+        return Scores(logits=output.logits.cpu(), token_logits=output.token_logits.cpu(), features=features.cpu(),
+                      version=version)
+
+    @torch.no_grad()
+    def features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T, F] frozen features of texts, for instance natural ones."""
+        return self._features(tokens, attention_mask).cpu()
+
+    def _features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = None if bool(attention_mask.all()) else attention_mask.to(self.device)
+        return self.model.encode_layers(tokens.to(self.device), mask, self.model.reward.layers)

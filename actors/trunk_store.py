@@ -1,0 +1,90 @@
+"""One frozen trunk in the object store, mapped and not copied by every actor of a node; heads travel by themselves.
+
+1. Tensors are stored as numpy arrays, which Ray maps read-only without a copy; bfloat16 travels as uint16, because
+   numpy has no such type.
+2. An actor builds its model on the meta device and assigns the mapped arrays, so the trunk's memory is never allocated.
+   `assign=True` makes parameters that require gradients; they are frozen again at once. torch can write into mapped
+   memory and everyone would see it: the trunk belongs to nobody's optimiser, and no DDP constructor sees it.
+3. Heads are small, change every round and are copied on arrival.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo.config import ModelSection, RewardSection
+from grpo.model import GPT
+from grpo.tokenizer import Vocabulary
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What is needed to build a GPT without its weights."""
+
+    model: ModelSection
+    vocabulary: Vocabulary
+    block_size: int
+    reward: RewardSection
+    gelu: str = "none"
+
+    def build(self, mode: str, *, lm_residual: int = 0) -> GPT:
+        return GPT(self.model, self.vocabulary, mode=mode, block_size=self.block_size, reward=self.reward,
+                   lm_residual=lm_residual, gelu=self.gelu)
+
+
+def to_arrays(state: dict[str, Tensor]) -> Arrays:
+    """CPU arrays that share a contiguous CPU tensor's memory; bfloat16 as uint16."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    return {name: (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy() for name, t in plain.items()}
+
+
+def to_tensors(arrays: Arrays) -> dict[str, Tensor]:
+    """Tensors on the same memory as the arrays."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: t.view(torch.bfloat16) if t.dtype == torch.uint16 else t for name, t in tensors.items()}
+
+
+def publish(state: dict[str, Tensor]) -> Any:
+    """Put a state dict into the object store once; the caller keeps the reference alive."""
+    import ray
+
+    return ray.put(to_arrays(state))
+
+
+def mount(blueprint: Blueprint, mode: str, trunk: Arrays, heads: Arrays, *, lm_residual: int = 0,
+          device: str = "cpu") -> GPT:
+    """A model whose trunk lies in the given (mapped) arrays and whose heads are copies of the given ones.
+
+    Args:
+        blueprint: shapes.
+        mode: `generator` or `reward`.
+        trunk: `model.trunk.state_dict()` as arrays.
+        heads: `model.heads.state_dict()` as arrays; a generator's lm head must be untied (own its matrix).
+        device: where the model works; on another device than the CPU the trunk is copied there once.
+    """
+    with torch.device("meta"):
+        model = blueprint.build(mode, lm_residual=lm_residual)
+        if mode == "generator":
+            model.untie(lm_residual)
+    model.trunk.load_state_dict(to_tensors(trunk), assign=True)
+    model.heads.load_state_dict({name: t.clone() for name, t in to_tensors(heads).items()}, assign=True)
+    model.freeze_trunk()
+    model.heads.requires_grad_(True)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"still on the meta device: {left}"
+    return model.to(device).eval()
+
+
+def load_heads(model: GPT, heads: Arrays) -> None:
+    """Copy new values into the model's existing head parameters."""
+    model.heads.load_state_dict(to_tensors(heads))

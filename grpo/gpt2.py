@@ -1,0 +1,110 @@
+"""Weights in the layout of GPT-2: a local folder with `config.json` and `model.safetensors`, as transformers saves it.
+
+1. Its linear layers are stored transposed ([in, out]) and are turned round.
+2. [MASK] and pad, which GPT-2 has not, and the padding of the vocabulary get zero embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from grpo.checkpoint import load_into
+from grpo.config import ModelSection
+from grpo.model import GPT
+from grpo.tokenizer import Vocabulary
+
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+REQUIRED = {
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+"""Settings that change the computation; a file without one means this value."""
+NAMES = {
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.out",
+    "ln_2": "mlp_norm",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+}
+
+
+def load_gpt2(folder: str | Path) -> GPT:
+    """A causal generator with GPT-2's weights and positions; its base vocabulary is the file's.
+
+    Raises:
+        ValueError: files are missing or damaged, or the configuration is none that this model computes.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} must hold config.json and model.safetensors, as save_pretrained writes them: {error}"
+        ) from error
+    _check(folder, config)
+    section = ModelSection(
+        n_layer=config["n_layer"],
+        n_head=config["n_head"],
+        n_embd=config["n_embd"],
+        attention="causal",
+        position="learned",
+        bias=True,
+        critic=False,
+        sampler=False,
+    )
+    vocabulary = Vocabulary(config["vocab_size"])
+    gelu = GELUS[config.get("activation_function", "gelu_new")]
+    model = GPT(section, vocabulary, block_size=config["n_positions"], gelu=gelu)
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    if config.get("tie_word_embeddings", True):
+        stored.pop("lm_head.weight", None)
+    tensors = dict(_renamed(name, tensor, vocabulary) for name, tensor in stored.items() if not _is_buffer(name))
+    model.to(tensors["trunk.wte.weight"].dtype)
+    try:
+        load_into(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return model
+
+
+def _check(folder: Path, config: dict[str, Any]) -> None:
+    for key, needed in REQUIRED.items():
+        if config.get(key, needed) != needed:
+            raise ValueError(f"{folder / 'config.json'}: {key} must be {needed!r}, got {config[key]!r}")
+    if config.get("activation_function", "gelu_new") not in GELUS:
+        found = config["activation_function"]
+        raise ValueError(f"{folder / 'config.json'}: activation_function must be one of {', '.join(GELUS)}, got {found!r}")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise ValueError(f"{folder / 'config.json'}: n_inner must be 4 n_embd, got {config['n_inner']!r}")
+
+
+def _is_buffer(name: str) -> bool:
+    """Causal masks that older files carry along."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def _renamed(name: str, tensor: Tensor, vocabulary: Vocabulary) -> tuple[str, Tensor]:
+    if name in ("wte.weight", "lm_head.weight"):
+        new = "trunk.wte.weight" if name == "wte.weight" else "heads.lm.matrix"
+        return new, F.pad(tensor, (0, 0, 0, vocabulary.size - len(tensor)))
+    if name.startswith("ln_f."):
+        return name.replace("ln_f", "trunk.norm"), tensor
+    if name.startswith("h."):
+        _, block, layer = name.split(".", 2)
+        layer, kind = layer.rsplit(".", 1)
+        if layer.startswith(("attn.c_", "mlp.c_")) and kind == "weight":
+            tensor = tensor.T
+        return f"trunk.blocks.{block}.{NAMES.get(layer, layer)}.{kind}", tensor
+    return f"trunk.{name}", tensor

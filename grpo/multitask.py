@@ -1,0 +1,153 @@
+"""One training step's losses on natural text: generator, sampler and critic on a shared trunk pass (DESIGN 4 to 7).
+
+    total = generator loss + sampler loss + alpha(step) x critic loss
+
+1. Three stages by step: the generator alone, then the sampler, then the critic with its ramp. Pretraining counts
+   optimizer steps; adversarial rounds pass a step beyond every ramp.
+2. The critic reads the text that the generator itself would propose: [MASK]s filled by samples, by the wavefront once
+   the sampler is active. That is a second trunk pass.
+3. Each part is divided by its own count over the whole optimizer step (`counts`, summed over micro-batches and ranks
+   from outside), so any split gives the same gradient.
+4. A frozen trunk is read without gradients; the heads then train on states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo.config import Config
+from grpo.corruption import Corrupted, corrupt, mask_only, ramp
+from grpo.critic import critic_counted, critic_loss, fill_masks
+from grpo.diffusion_loss import (
+    corrective_denominator,
+    corrective_loss,
+    mdlm_denominator,
+    mdlm_loss,
+    next_token_counted,
+    next_token_loss,
+)
+from grpo.model import GPT
+from grpo.wavefront import sampler_loss, wavefront_fill
+
+CRITIC_STEP = 1 << 20
+"""Counter that keeps the wavefront noise of critic inputs apart from that of denoising steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What the curriculum says at a step."""
+
+    remask_ratio: float
+    """Upper bound of the replacements' share of the corruption."""
+    penalty: float
+    """Strength of the penalty for destroying correct words."""
+    critic_weight: float
+    """alpha at this step; 0 leaves the critic out."""
+    sampler: bool
+    """Whether the sampler trains, and fills the critic's input."""
+
+
+def stage(config: Config, step: int) -> Stage:
+    """The curriculum's values at an optimizer step."""
+    has_critic = config.model.critic and step >= config.critic.start
+    return Stage(
+        remask_ratio=ramp(step, 0, config.corruption.proofreading_warmup, config.corruption.remask_ratio),
+        penalty=ramp(step, 0, config.loss.masking_warmup, config.loss.penalty_mask_correct),
+        critic_weight=ramp(step, config.critic.start, config.critic.end, config.critic.alpha) if has_critic else 0.0,
+        sampler=config.model.sampler and step >= config.sampler.start,
+    )
+
+
+def corrupt_batch(model: GPT, config: Config, stage: Stage, clean: Tensor, attention_mask: Tensor, *, seeds: Tensor,
+                  times: Tensor) -> Corrupted:
+    """Corrupt rows for the configured objective; replacements may come from the model's own predictions.
+
+    Args:
+        clean: [B, T] int64; attention_mask: [B, T] bool; seeds, times: [B], from `stratified_rows`.
+    """
+    rows = {"vocabulary": model.vocabulary, "attention_mask": attention_mask, "seeds": seeds, "times": times}
+    if config.loss.objective == "mdlm":
+        return mask_only(clean, **rows)
+    own = None
+    share = config.corruption.own_predictions
+    if share and stage.remask_ratio:
+        with torch.no_grad():
+            blank = mask_only(clean, **rows)
+            logits = model(blank.inputs, attention_mask=_mask(attention_mask))
+            filled = fill_masks(blank.inputs, logits, vocabulary=model.vocabulary, seeds=seeds)
+        own = torch.where(blank.masked, filled, model.vocabulary.mask_id)
+    return corrupt(clean, **rows, remask_ratio=stage.remask_ratio, own_predictions=own, own_share=share,
+                   guaranteed_correct=config.corruption.guaranteed_correct)
+
+
+def counts(config: Config, stage: Stage, corrupted: Corrupted) -> Tensor:
+    """[3] float64: the denominators of generator, sampler and critic in this part of the batch, to be summed."""
+    if config.model.attention == "causal":
+        generator = next_token_counted(corrupted.loss_mask).sum().double()
+    elif config.loss.objective == "mdlm":
+        generator = mdlm_denominator(corrupted)
+    else:
+        generator = corrective_denominator(corrupted, weight_unmask=config.loss.weight_unmask,
+                                           weight_remask=config.loss.weight_remask)
+    critic = critic_counted(corrupted, config.critic.scope).sum().double()
+    return torch.stack([generator, corrupted.masked.sum().double(), critic]).clamp(min=1e-9)
+
+
+def multitask_loss(model: GPT, config: Config, stage: Stage, corrupted: Corrupted, *, seeds: Tensor, totals: Tensor,
+                   mask_bias: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Generator + sampler + alpha x critic on one part of a batch.
+
+    Args:
+        corrupted: from `corrupt_batch`.
+        seeds: [B] int64, the rows' seeds.
+        totals: [3], `counts` summed over the whole optimizer step.
+        mask_bias: the controller's bias, nats.
+
+    Returns:
+        The total, and metrics as pairs (see `grpo/metrics.py`).
+    """
+    visible = _mask(corrupted.loss_mask)
+    vocabulary = model.vocabulary
+    totals = totals.float()
+    frozen = model.trunk.frozen
+    if model.trunk.causal:
+        logits = model(corrupted.clean, attention_mask=visible)
+        return next_token_loss(logits, corrupted.clean, attention_mask=corrupted.loss_mask, vocabulary=vocabulary,
+                               denominator=totals[0])
+    hidden = _encode(model, corrupted.inputs, visible, frozen)
+    logits = model.heads["lm"](hidden)
+    if config.loss.objective == "mdlm":
+        total, metrics = mdlm_loss(logits, corrupted, vocabulary=vocabulary, denominator=totals[0])
+    else:
+        total, metrics = corrective_loss(
+            logits, corrupted, vocabulary=vocabulary, denominator=totals[0], weight_unmask=config.loss.weight_unmask,
+            weight_remask=config.loss.weight_remask, penalty=stage.penalty, mask_bias=mask_bias,
+            applies_to=config.mask_bias.applies_to)
+    if stage.sampler:
+        loss, part = sampler_loss(model, hidden, corrupted.clean, corrupted.masked, seeds=seeds,
+                                  side_dropout=config.sampler.side_dropout, denominator=totals[1])
+        total, metrics = total + loss, metrics | part
+    if stage.critic_weight:
+        if stage.sampler:
+            filled = wavefront_fill(model, hidden.detach(), corrupted.inputs, seeds=seeds, step=CRITIC_STEP,
+                                    attention_mask=visible,
+                                    min_neighbors_ratio=config.sampler.min_neighbors_ratio).tokens
+        else:
+            filled = fill_masks(corrupted.inputs, logits.detach(), vocabulary=vocabulary, seeds=seeds)
+        scores = model.heads["critic"](_encode(model, filled, visible, frozen))
+        loss, part = critic_loss(scores, filled, corrupted, scope=config.critic.scope, denominator=totals[2])
+        total, metrics = total + stage.critic_weight * loss, metrics | part
+    return total, metrics
+
+
+def _encode(model: GPT, tokens: Tensor, attention_mask: Tensor | None, frozen: bool) -> Tensor:
+    with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+        return model.encode(tokens, attention_mask)
+
+
+def _mask(attention_mask: Tensor) -> Tensor | None:
+    """None where nothing is padded, which spares attention its mask."""
+    return None if bool(attention_mask.all()) else attention_mask

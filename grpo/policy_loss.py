@@ -1,0 +1,134 @@
+"""Group-relative policy gradients: advantages, clipped likelihood ratios, exact KL.
+
+Sources: GRPO (arXiv:2402.03300), Dr. GRPO (arXiv:2503.20783), DAPO (arXiv:2503.14476), GSPO (arXiv:2507.18071).
+
+1. A policy's action is one proposed token at one denoising step, so the likelihood ratio belongs to that action and is
+   exactly 1 before the first update of a round.
+2. Rewards may be dense, [N, G, T]: each position is centred over the group at that position, and the whole group is
+   divided by one standard deviation. A scalar reward, [N, G], gives GRPO's equation.
+3. KL is the sum over the vocabulary at the cached state, not an estimate from the sampled token.
+4. Each loss is a weighted sum over actions; the weights carry the denominator, so any split into micro-batches or
+   ranks gives the same gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo.metrics import weighted_sum
+
+
+def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: bool = True) -> Tensor:
+    """Center rewards within each prompt's group (GRPO, arXiv:2402.03300, eq. 3).
+
+    Args:
+        rewards: [N, G] one scalar per sample, or [N, G, T] one per position.
+        mask: [N, G, T] bool, positions that count; only with dense rewards. Samples of a group share their mask.
+        normalize: divide by the group's standard deviation; False gives Dr. GRPO (arXiv:2503.20783).
+
+    Returns:
+        Shaped like rewards; sums to zero over G. A group of equal rewards gives exact zeros.
+
+    Raises:
+        ValueError: G < 2, because advantages are relative to the group.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(f"advantages need at least 2 samples per prompt, got {rewards.shape[1]}")
+    centred = rewards - rewards.mean(1, keepdim=True)
+    # Equal rewards leave rounding dust after centring; dividing dust by its own size would give it full weight.
+    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    centred = centred.masked_fill(flat, 0.0)
+    if mask is not None:
+        centred = centred * mask
+    if not normalize:
+        return centred
+    others = tuple(range(1, rewards.dim()))
+    count = rewards[0].numel() if mask is None else mask.sum(others, keepdim=True).clamp(min=1)
+    std = (centred.square().sum(others, keepdim=True) / count).sqrt()
+    return torch.where(std > 0, centred / std.clamp(min=torch.finfo(std.dtype).tiny), 0.0)
+
+
+def equal_groups(rewards: Tensor) -> Tensor:
+    """Number of groups whose samples all have the same reward: they contribute nothing. rewards: [N, G] or [N, G, T]."""
+    same = (rewards.amax(1) == rewards.amin(1)).flatten(1) if rewards.dim() > 2 else rewards.amax(1) == rewards.amin(1)
+    return (same.all(1) if same.dim() > 1 else same).sum()
+
+
+def action_weights(rows: Tensor, num_rows: int, *, loss: str, total_rows: Tensor | int, total_actions: Tensor | int,
+                   actions_per_row: int) -> Tensor:
+    """Weight of each action in the loss, denominators included.
+
+    Args:
+        rows: [M] int64, sample of each action, in 0..num_rows-1; a sample's actions are all here.
+        num_rows: samples in this micro-batch.
+        loss: `grpo` and `gspo`: mean over a sample's actions, then over samples. `dapo`: mean over all actions.
+            `dr_grpo`: sum over a sample's actions divided by a constant, then mean over samples, so that length
+            does not change an action's weight.
+        total_rows: samples over all ranks and micro-batches.
+        total_actions: actions over all ranks and micro-batches.
+        actions_per_row: the constant of `dr_grpo`: the most credited actions that a sample can have.
+
+    Returns:
+        [M] float32.
+    """
+    if loss == "dapo":
+        return torch.ones(rows.shape, device=rows.device) / total_actions
+    if loss == "dr_grpo":
+        return torch.ones(rows.shape, device=rows.device) / (total_rows * actions_per_row)
+    counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
+    return 1.0 / (counts[rows] * total_rows)
+
+
+def likelihood_ratios(logprobs: Tensor, behaviour: Tensor, *, rows: Tensor, num_rows: int, loss: str) -> Tensor:
+    """pi / pi_behaviour per action [M]; for `gspo` its geometric mean over the sample, with the action's gradient.
+
+    The latter is GSPO's token form (arXiv:2507.18071, eq. 13): the value is the sequence's ratio s_i, and with equal
+    advantages in a sample its gradient is that of s_i.
+    """
+    log_ratio = logprobs - behaviour
+    if loss == "gspo":
+        counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
+        sums = torch.zeros(num_rows, dtype=log_ratio.dtype, device=log_ratio.device).index_add(0, rows, log_ratio.detach())
+        log_ratio = (sums / counts)[rows] + logprobs - logprobs.detach()
+    return log_ratio.exp()
+
+
+def clipped_policy_loss(ratios: Tensor, advantages: Tensor, weights: Tensor, *, epsilon_low: float,
+                        epsilon_high: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """- sum of weight x min(ratio A, clip(ratio, 1 - low, 1 + high) A) (GRPO eq. 3, DAPO's two-sided range).
+
+    Args:
+        ratios: [M]; advantages: [M]; weights: [M] from `action_weights`.
+
+    Returns:
+        The loss, and metrics as pairs (see `grpo/metrics.py`).
+    """
+    clipped = ratios.clamp(1 - epsilon_low, 1 + epsilon_high)
+    losses = -torch.minimum(ratios * advantages, clipped * advantages)
+    metrics = {
+        "policy_loss": weighted_sum(losses, weights),
+        "ratio": weighted_sum(ratios, weights),
+        "clip_low": weighted_sum((ratios < 1 - epsilon_low) & (advantages < 0), weights),
+        "clip_high": weighted_sum((ratios > 1 + epsilon_high) & (advantages > 0), weights),
+    }
+    return (weights * losses).sum(), metrics
+
+
+def exact_kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
+    """KL(policy || reference) summed over the vocabulary, nats per action.
+
+    Args:
+        log_policy, log_reference: [M, V] normalised log-probabilities; -inf outside a shared nucleus.
+
+    Returns:
+        [M], non-negative up to rounding.
+    """
+    inside = log_policy > float("-inf")
+    difference = (log_policy - log_reference).masked_fill(~inside, 0.0)
+    return (log_policy.exp() * difference).sum(-1)
+
+
+def entropy(log_policy: Tensor) -> Tensor:
+    """Entropy over the vocabulary, nats per action. log_policy: [M, V]; returns [M]."""
+    return -(log_policy.exp() * log_policy.masked_fill(log_policy == float("-inf"), 0.0)).sum(-1)

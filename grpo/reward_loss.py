@@ -1,0 +1,104 @@
+"""The discriminator's loss and the rewards that it gives.
+
+The reward head reads a text's frozen features and returns two pooled logits (natural, synthetic) and one log-odds of
+natural per token. Sources: LSGAN's squared error for `mse`, cross-entropy with soft labels, Bradley-Terry for pairs;
+dense rewards after ScratchGAN (arXiv:1905.09922).
+
+1. `mse` on softmax is the source design; its gradient vanishes where the head is confidently wrong, so cross-entropy
+   on logits is the default.
+2. The per-token output is trained on the same label as its text. Averaged over a text it is a discriminator by
+   itself; token by token it says where the text gives itself away, which a parallel generator needs to learn from.
+3. Only completion tokens are scored: prompts are the same on both sides.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo.metrics import weighted_sum
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """log P(natural) - log P(synthetic) from pooled logits [B, 2]; returns [B]."""
+    if logits.dim() != 2 or logits.shape[1] != 2:
+        raise ValueError(f"pooled logits must be [B, 2] (natural, synthetic), got {tuple(logits.shape)}")
+    return logits[:, 0] - logits[:, 1]
+
+
+def discriminator_loss(logits: Tensor, token_logits: Tensor, natural: Tensor, completion_mask: Tensor, *, loss: str,
+                       smoothing: float, total_texts: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pooled loss plus per-token cross-entropy, summed over texts and divided by their global number.
+
+    Args:
+        logits: [B, 2] pooled (natural, synthetic).
+        token_logits: [B, T] log-odds of natural per token.
+        natural: [B] bool, the label. `bradley_terry` pairs the i-th natural with the i-th synthetic text.
+        completion_mask: [B, T] bool, tokens that are scored.
+        loss: `mse`, `bce` or `bradley_terry`, for the pooled logits.
+        smoothing: targets are smoothing and 1 - smoothing.
+        total_texts: texts over all ranks and micro-batches.
+
+    Returns:
+        The loss, and metrics as pairs (see `grpo/metrics.py`).
+
+    Raises:
+        ValueError: `bradley_terry` with unequal numbers of natural and synthetic texts.
+    """
+    target = natural.to(logits.dtype) * (1 - 2 * smoothing) + smoothing
+    odds = log_odds(logits)
+    if loss == "mse":
+        probabilities = logits.softmax(-1)
+        soft = torch.stack([target, 1 - target], -1)
+        pooled = (probabilities - soft).square().mean(-1).sum()
+    elif loss == "bce":
+        pooled = F.binary_cross_entropy_with_logits(odds, target, reduction="sum")
+    else:
+        better, worse = odds[natural], odds[~natural]
+        if len(better) != len(worse):
+            raise ValueError(f"bradley_terry needs pairs, got {len(better)} natural and {len(worse)} synthetic texts")
+        margin = better - worse
+        wanted = torch.full_like(margin, 1 - smoothing)
+        pooled = 2 * F.binary_cross_entropy_with_logits(margin, wanted, reduction="sum")
+    lengths = completion_mask.sum(-1).clamp(min=1)
+    per_token = F.binary_cross_entropy_with_logits(token_logits, target[:, None].expand_as(token_logits), reduction="none")
+    token = ((per_token * completion_mask).sum(-1) / lengths).sum()
+    total = (pooled + token) / total_texts
+    count = torch.ones((), device=logits.device) * len(logits)
+    metrics = {
+        "reward_loss_pooled": torch.stack([pooled.detach(), count]).double(),
+        "reward_loss_token": torch.stack([token.detach(), count]).double(),
+        "reward_accuracy_train": weighted_sum((odds > 0) == natural, torch.ones_like(natural)),
+    }
+    return total, metrics
+
+
+def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor, *, credit: str, signal: str) -> Tensor:
+    """What each completion token earns.
+
+    Args:
+        logits: [B, 2] pooled; token_logits: [B, T]; completion_mask: [B, T] bool.
+        credit: `sequence`: the pooled signal at every token. `token`: the token's own signal. `both`: the token's own
+            signal plus the text's mean over tokens.
+        signal: `log_odds`, or `probability` P(natural).
+
+    Returns:
+        [B, T], zero outside completions.
+    """
+    shape = torch.sigmoid if signal == "probability" else lambda odds: odds
+    if credit == "sequence":
+        rewards = shape(log_odds(logits))[:, None].expand_as(token_logits)
+    else:
+        rewards = shape(token_logits)
+        if credit == "both":
+            mean = (rewards * completion_mask).sum(-1, keepdim=True) / completion_mask.sum(-1, keepdim=True).clamp(min=1)
+            rewards = rewards + mean
+    return rewards * completion_mask
+
+
+def reward_steps(current: int, accuracy: float, *, band_low: float, band_high: float, min_steps: int,
+                 max_steps: int) -> int:
+    """Reward steps of the next round: one more below the accuracy band, one fewer above it (DESIGN 10)."""
+    wanted = current + (accuracy < band_low) - (accuracy > band_high)
+    return min(max(wanted, min_steps), max_steps)
