@@ -35,11 +35,11 @@ def test_auroc_of_perfect_reversed_and_one_sided_scores():
 
 
 def test_calibration_error_of_a_hand_worked_example():
-    # Bin [0.2, 0.4): probabilities 0.25, 0.35, one of two true: |0.6 - 1| ; bin [0.8, 1]: 0.9, 1.0, 0.9, all true: 0.2.
+    # Bin [0.2, 0.4): 0.25 and 0.35, none true: too high by 0.6. Bin [0.8, 1]: 0.9, 1.0, 0.9, all true: too low by 0.2.
     probabilities = torch.tensor([0.25, 0.35, 0.9, 1.0, 0.9])
-    targets = torch.tensor([True, False, True, True, True])
+    targets = torch.tensor([False, False, True, True, True])
     error = expected_calibration_error(probabilities, targets, num_bins=5)
-    assert error.item() == pytest.approx((0.4 + 0.2) / 5, abs=1e-7)
+    assert error.item() == pytest.approx((0.6 + 0.2) / 5, abs=1e-7)
 
 
 def test_bits_per_byte_of_uniform_bytes_is_eight():
