@@ -116,6 +116,8 @@ def denoise(
         [B, T] int64 without [MASK].
     """
     policy = resolve_policy(remasking, model, remasking_model)
+    if policy == "random":
+        randomness = 1.0  # a top k of equal scores would take the leftmost
     vocabulary = model.vocabulary
     columns = tokens.shape[1]
     real = tokens != vocabulary.pad_id if attention_mask is None else attention_mask
