@@ -69,7 +69,7 @@ def generate(
         ValueError: the model is not causal, or there is no prompt.
     """
     if not model.trunk.causal:
-        raise ValueError("model.attention must be causal to generate token by token; use denoise for bidirectional models")
+        raise ValueError("model.attention must be causal to generate token by token; use denoise for bidirectional")
     rows, start = tokens.shape
     if start < 1 or num_new < 1:
         raise ValueError(f"generation needs at least one prompt token and one new token, got {start} and {num_new}")

@@ -118,7 +118,7 @@ def load_model(
     num_classes: int | None = None,
     device: str | torch.device = "cpu",
 ) -> GPT:
-    """Rebuild a checkpoint's GPT, in its dtype; what the checkpoint does not hold is fresh, and a warning names it.
+    """Rebuild a checkpoint's GPT, each part in its dtype; a warning names what it does not hold and is fresh.
 
     Args:
         mode: another mode than the checkpoint's takes its trunk and the heads that both have.
@@ -130,7 +130,8 @@ def load_model(
     tensors = _read_tensors(folder / MODEL)
     try:
         model, fresh = _build(stored, mode, reward, num_classes)
-        model.to(tensors["trunk.wte.weight"].dtype)
+        for name, part in (("trunk", model.trunk), *((f"heads.{name}", head) for name, head in model.heads.items())):
+            part.to(next((t.dtype for key, t in tensors.items() if key.startswith(f"{name}.")), torch.float32))
         fresh += load_into(model, tensors)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -164,6 +165,9 @@ def load_into(model: GPT, tensors: dict[str, Tensor]) -> list[str]:
     }
     if "lm" in model.heads:
         if "heads.lm.matrix" in tensors:
+            if model.heads["lm"].tied:
+                model.untie()
+                model.heads["lm"].to(tensors["heads.lm.matrix"].dtype)
             up = tensors.get("heads.lm.residual.0.weight")
             model.untie(0 if up is None else len(up))
         elif not model.heads["lm"].tied and "trunk.wte.weight" in tensors:

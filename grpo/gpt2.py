@@ -83,9 +83,10 @@ def _check(folder: Path, config: dict[str, Any]) -> None:
     for key, needed in REQUIRED.items():
         if config.get(key, needed) != needed:
             raise ValueError(f"{folder / 'config.json'}: {key} must be {needed!r}, got {config[key]!r}")
-    if config.get("activation_function", "gelu_new") not in GELUS:
-        found = config["activation_function"]
-        raise ValueError(f"{folder / 'config.json'}: activation_function must be one of {', '.join(GELUS)}, got {found!r}")
+    gelu = config.get("activation_function", "gelu_new")
+    if gelu not in GELUS:
+        known = ", ".join(GELUS)
+        raise ValueError(f"{folder / 'config.json'}: activation_function must be one of {known}, got {gelu!r}")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         raise ValueError(f"{folder / 'config.json'}: n_inner must be 4 n_embd, got {config['n_inner']!r}")
 

@@ -8,6 +8,7 @@
 3. The reward head gives logits, natural first. Beside the pooled pair it gives each token's log-odds of being natural,
    on the same features, for dense credit.
 4. Features of several trunk layers are read as one vector; each pooled statistic is taken over the completion only.
+5. States are cast to the head's dtype: a frozen trunk may be bfloat16 under float32 heads that train.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class LmHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., V]."""
+        hidden = hidden.to(self.weight.dtype)
         if self.residual is not None:
             hidden = hidden + self.residual(hidden)
         return F.linear(hidden, self.weight)
@@ -68,7 +70,7 @@ class SamplerHead(nn.Module):
 
     def forward(self, hidden: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """hidden, left, right [..., C] (a missing neighbour is a zero vector) -> hidden' [..., C]."""
-        return hidden + self.layers(torch.cat((left, hidden, right), dim=-1))
+        return hidden + self.layers(torch.cat((left, hidden, right), dim=-1).to(self.layers[0].weight.dtype))
 
 
 class CriticHead(nn.Module):
@@ -80,7 +82,7 @@ class CriticHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [...]."""
-        return self.layers(hidden).squeeze(-1)
+        return self.layers(hidden.to(self.layers[0].weight.dtype)).squeeze(-1)
 
 
 class ClassifierHead(nn.Module):
@@ -92,7 +94,7 @@ class ClassifierHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., num_classes]."""
-        return self.layer(hidden)
+        return self.layer(hidden.to(self.layer.weight.dtype))
 
 
 class ScorerHead(nn.Module):
@@ -105,6 +107,7 @@ class ScorerHead(nn.Module):
 
     def forward(self, features: Tensor, completion_mask: Tensor) -> Tensor:
         """features [B, T, F], completion_mask [B, T] bool -> [B]."""
+        features = features.to(self.layer.weight.dtype)
         return torch.sigmoid(self.layer(pool(features, completion_mask, self.pooling)).squeeze(-1))
 
 
@@ -136,6 +139,7 @@ class RewardHead(nn.Module):
             features: [B, T, F] trunk states (`GPT.encode_layers`).
             completion_mask: [B, T] bool, True at the tokens judged: neither prompt nor pad.
         """
+        features = features.to(self.pooled[0].weight.dtype)
         logits = self.pooled(pool(features, completion_mask, self.pooling))
         token_logits = self.token(features).squeeze(-1).masked_fill(~completion_mask, 0.0)
         return RewardOutput(logits, token_logits)
