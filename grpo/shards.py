@@ -6,7 +6,8 @@ with one list column of tokens. A row is a document (layout `documents`), or a r
 1. The corpus is split by content: in layout `blocks` it is cut into chunks, which go to validation, judge or train by
    the rank of their keyed hash, so that all splits share one distribution and their shares are exact. Neighbouring
    chunks of one split form one run; a window never leaves its run, so no window holds text of another split.
-2. Equal documents (or chunks) of one segment share a hash, hence a split. Validation does not depend on judge_fraction.
+2. Equal documents of one segment share a hash, hence a split; a chunk's hash holds its number too, so that a corpus
+   that repeats itself still splits. Validation does not depend on judge_fraction.
 3. In layout `documents` only the first `block_size` tokens of a document are kept; `truncated` counts such documents.
 4. A folder is written below a temporary name, synced and renamed: half a dataset is never read.
 """
@@ -125,9 +126,9 @@ def finish_dataset(
     needed = [s for s in SPLITS if s == "train" or getattr(section, f"{s}_fraction") > 0]
     for split in needed:
         if not splits[split]["blocks"]:
-            unit = "documents" if section.layout == "documents" else f"blocks of data.block_size={section.block_size}"
-            raise ValueError(f"data.source: {name} is too short ({total} tokens): no whole row for {split}; "
-                             f"use {len(needed)} {unit} or more, or a smaller data.block_size")
+            remedy = (f"{len(needed)} different documents or more" if section.layout == "documents" else
+                      f"{len(needed)} blocks of data.block_size={section.block_size} or more, or smaller ones")
+            raise ValueError(f"data.source: {name} is too short ({total} tokens), no row for {split}: use {remedy}")
     tokenizer.save(folder)
     meta = {"format": FORMAT, "section": asdict(section),
             "tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint,
@@ -167,7 +168,9 @@ def _assign(values: np.ndarray, lengths: np.ndarray, section: DataSection) -> np
     key = section.split_seed.to_bytes(16, "little", signed=True)
     ends = np.cumsum(lengths)
     contents = [values[end - length:end].tobytes() for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
-    digests = [hashlib.blake2b(content, digest_size=8, key=key).digest() for content in contents]
+    salts = [b"%d " % i if section.layout == "blocks" else b"" for i in range(len(lengths))]
+    digests = [hashlib.blake2b(salt + content, digest_size=8, key=key).digest()
+               for salt, content in zip(salts, contents, strict=True)]
     hashes = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
     ranked, rows, has_judge = np.sort(hashes), len(hashes), section.judge_fraction > 0
     if rows < 2 + has_judge:

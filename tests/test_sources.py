@@ -1,0 +1,141 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from grpo.sources import plan_parts, read_documents, source_digests
+
+DOCUMENTS = ["first \u00e9t\u00e9", "second,\nwith \"quotes\"", "third\tand \U0001f600", "fourth", "fifth " * 20]
+
+
+def write(path, documents=DOCUMENTS, column="text"):
+    table = pa.table({"id": range(len(documents)), column: documents})
+    match path.suffix:
+        case ".txt":
+            path.write_text("\n\n".join(documents), encoding="utf-8")
+        case ".jsonl":
+            path.write_text("".join(json.dumps({"id": i, column: d}) + "\n" for i, d in enumerate(documents)))
+        case ".csv":
+            pa.csv.write_csv(table, path)
+        case ".tsv":
+            pa.csv.write_csv(table, path, pa.csv.WriteOptions(delimiter="\t"))
+        case ".parquet":
+            pa.parquet.write_table(table, path, row_group_size=2)
+        case ".arrow":
+            with pa.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+        case ".ipc":
+            with pa.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table)
+    return path
+
+
+def one_line_error(source, message, **options):
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_documents(str(source), **options))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".ipc"])
+def test_every_kind_gives_the_same_documents(tmp_path, suffix):
+    path = write(tmp_path / f"corpus{suffix}")
+    assert list(read_documents(str(path))) == DOCUMENTS
+    assert list(read_documents(path.as_uri())) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("part_bytes", [1, 7, 64, 150])
+def test_ranges_read_every_document_once(tmp_path, monkeypatch, suffix, part_bytes):
+    path = write(tmp_path / f"corpus{suffix}")
+    monkeypatch.setattr("grpo.sources.PART_BYTES", part_bytes)
+    monkeypatch.setattr("grpo.sources._READ_BYTES", 3)
+    assert len(plan_parts(str(path), "\n\n")) == -(-path.stat().st_size // part_bytes)
+    assert list(read_documents(str(path))) == DOCUMENTS
+
+
+def test_files_globs_folders_and_uris_choose_files(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "c1.md", "deep/d.txt", ".hidden", "_meta"):
+        (tmp_path / name).write_text(name)
+    for source, expected in (("b.txt", ["b.txt"]), ("*.txt", ["a.txt", "b.txt"]), ("c[0-9].??", ["c1.md"]),
+                             ("**/*.txt", ["a.txt", "b.txt", "deep/d.txt"]), ("*/d.txt", ["deep/d.txt"]),
+                             ("", ["a.txt", "b.txt", "c1.md", "deep/d.txt"])):
+        assert list(read_documents(f"{tmp_path}/{source}")) == expected
+        assert list(read_documents(f"{tmp_path.as_uri()}/{source}")) == expected
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents("*.md")) == list(read_documents("./c1.md")) == ["c1.md"]
+    (tmp_path / "odd[1].txt").write_text("odd")
+    assert list(read_documents("odd[1].txt")) == ["odd"]
+
+
+def test_embedded_corpus_is_there_and_hashed():
+    documents = list(read_documents("python-docs"))
+    assert len(documents) > 50 and sum(map(len, documents)) > 300_000
+    assert source_digests("python-docs") == source_digests("python-docs")
+
+
+def test_empty_documents_nulls_and_byte_order_marks_are_dropped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n\n\n\ntwo\n\n")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two"]
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n\n{"text": ""}\n{"text": "x"}')
+    assert list(read_documents(str(tmp_path / "b.jsonl"))) == ["x"]
+    assert list(read_documents(str(write(tmp_path / "c.parquet", ["x", None, ""])))) == ["x"]
+
+
+def test_digests_change_with_content_only(tmp_path):
+    path = write(tmp_path / "a.txt")
+    first = source_digests(str(path))
+    path.write_text(path.read_text())
+    assert source_digests(str(path)) == first
+    path.write_text("other")
+    assert source_digests(str(path)) != first
+
+
+@pytest.mark.parametrize("source", ["missing.txt", "none*.txt", "missing/", "", "s3x://bucket/file"])
+def test_missing_sources_are_named(tmp_path, monkeypatch, source):
+    (tmp_path / "present.md").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    one_line_error(source, "data.source: (no file at|cannot open)")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow", ".ipc"])
+def test_wrong_column_lists_those_that_exist(tmp_path, suffix):
+    path = write(tmp_path / f"corpus{suffix}", column="content")
+    message = one_line_error(path, "has no column 'text': set data.text_column to one of id, content")
+    assert str(path) in message
+    assert list(read_documents(str(path), text_column="content")) == DOCUMENTS
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])
+def test_a_column_without_text_is_refused(tmp_path, suffix):
+    one_line_error(write(tmp_path / f"corpus{suffix}"), "corpus.* not text: set data.text_column", text_column="id")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_text_that_is_not_utf8_is_named(tmp_path, suffix):
+    path = tmp_path / f"latin{suffix}"
+    path.write_bytes(write(path).read_bytes().replace(b"fourth", "f\u00f6urth".encode("latin1")))
+    assert str(path) in one_line_error(path, "(?i)utf-?8")
+
+
+def test_the_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.sources.PART_BYTES", 10)
+    (tmp_path / "a.txt").write_bytes(b"abc\n\ndef\n\nghi\n\nj\xffk")
+    one_line_error(tmp_path / "a.txt", r"a\.txt is not UTF-8 text \(byte 16\): convert it")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".ipc"])
+def test_truncated_files_are_named(tmp_path, suffix):
+    path = write(tmp_path / f"corpus{suffix}", DOCUMENTS * 50)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert str(path) in one_line_error(path, "is not a readable (Parquet|Arrow) file .*write or fetch it again")
+
+
+def test_lines_that_are_not_json_objects_are_numbered(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text": \n')
+    one_line_error(path, r"a\.jsonl, line 2 is not JSON")
+    path.write_text('["x"]')
+    one_line_error(path, r"a\.jsonl, line 1 holds a JSON list")
