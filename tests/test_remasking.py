@@ -142,6 +142,12 @@ def test_plackett_luce_gradient_is_finite_and_right():
     assert torch.autograd.gradcheck(lambda w: plackett_luce_logprob(w, eligible, order), (log_weights,))
 
 
+def test_randomness_is_an_exponent_of_the_probability_of_wrong():
+    log_wrong = torch.tensor([[0.5, 0.1]], dtype=torch.float64).log()
+    for randomness, expected in ((1.0, [1.0, 1.0]), (0.5, [0.5, 0.1]), (0.25, [0.125, 0.001])):
+        torch.testing.assert_close(plackett_luce_weights(log_wrong, randomness).exp()[0].tolist(), expected)
+
+
 def test_choices_follow_the_plackett_luce_law():
     rows, randomness = 60_000, 0.6
     log_wrong = torch.tensor([-0.5, -1.0, -2.5], dtype=torch.float64)
