@@ -83,6 +83,8 @@ def test_padding_is_never_attended_to(section):
     other_pads = torch.where(mask, ids, (ids + 7) % VOCABULARY.base_size)
     found = model.encode(ids, mask)
     assert found.isfinite().all()
+    allowed, _ = model.trunk._allowed(ids, mask, 0)
+    assert allowed.any(-1).all()  # not every SDPA kernel forgives a query without a key
     assert torch.equal(found[mask], model.encode(other_pads, mask)[mask])
     other_word = ids.clone()
     other_word[0, 2] = (ids[0, 2] + 1) % VOCABULARY.base_size
