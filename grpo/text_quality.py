@@ -129,3 +129,191 @@ def ngram_js(tokens: Tensor, reference: Tensor, n: int = 3, mask: Tensor | None 
     middle = (p + q) / 2
     bits = (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum() / (2 * torch.log(torch.tensor(2.0).double()))
     return bits.clamp(min=0).sqrt().item()
+
+
+# Weight of each order's kernel, and the ridge, of the C2ST's classifier. On 512 + 512 windows of 48 bytes of a weak
+# diffusion model (4, 9 and 24 steps, temperatures 0.8 and 1.0) it was right more often than hashed n-grams of orders 1
+# to 4 under one weight (0.91 against 0.85 on average) and than a convolutional net with widths 2 to 5 (0.93 against
+# 0.85 at 4 steps), in a tenth of the net's time. Rare n-grams, which only a good writer repeats, tell most.
+_ORDER_WEIGHTS = {1: 0.05, 2: 0.3, 3: 1.0, 4: 1.0, 5: 1.0}
+_RIDGE = 0.03
+_COLUMNS = 8192
+
+
+def _ngram_kernel(tokens: Tensor, n: int, mask: Tensor | None) -> Tensor:
+    """Inner products [B, B] float64 of texts as vectors of n-gram counts, with mean 1 on the diagonal.
+
+    A count enters as its square root over that of the number of texts which hold the n-gram; n-grams of a single text
+    are left out, and every column is centred. Labels play no part, so test texts may be in it. Zeros if none is shared.
+    """
+    B = len(tokens)
+    ids, rows, counts = _counts_by_row(*_ngrams(tokens, n, mask), B)
+    holders = torch.bincount(ids)
+    shared = holders[ids] > 1
+    ids, rows = ids[shared], rows[shared]
+    values = (counts[shared] / holders[ids]).sqrt().float()
+    columns = ids.unique_consecutive(return_inverse=True)[1]
+    kernel = torch.zeros(B, B, dtype=torch.float64, device=tokens.device)
+    for start in range(0, int(columns[-1]) + 1 if len(columns) else 0, _COLUMNS):
+        here = (columns >= start) & (columns < start + _COLUMNS)
+        features = torch.zeros(B, _COLUMNS, device=tokens.device)
+        features[rows[here], columns[here] - start] = values[here]
+        features -= features.mean(0)
+        kernel += features @ features.T
+    return kernel / kernel.diagonal().mean().clamp(min=1e-12)
+
+
+def _logistic_scores(train: Tensor, test: Tensor, labels: Tensor) -> Tensor:
+    """Log-odds [M] of test texts under kernel logistic regression, fitted by Newton's method.
+
+    Args:
+        train: [N, N] kernel among training texts. test: [M, N] kernel of test with training texts.
+        labels: [N] float64, 1 or 0.
+    """
+    weights, bias = torch.zeros_like(labels), labels.new_zeros(())
+    ones = torch.ones_like(labels)
+    for _ in range(15):  # quadratic convergence: 6 to 10 steps reach 1e-6
+        logits = train @ weights + bias
+        p = logits.sigmoid()
+        curvature = (p * (1 - p)).clamp(min=1e-5)
+        target = logits + (labels - p) / curvature
+        solved = torch.linalg.solve(train + torch.diag(_RIDGE / curvature), torch.stack([target, ones], 1))
+        bias = solved[:, 0].sum() / solved[:, 1].sum()
+        weights = solved[:, 0] - bias * solved[:, 1]
+    return test @ weights + bias
+
+
+def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0,
+         mask: Tensor | None = None) -> tuple[float, tuple[float, float]]:
+    """Accuracy of a fresh classifier at telling generated from natural text; 0.5 is indistinguishable.
+
+    The classifier is logistic regression on n-gram counts, wherever in the text they stand. Pairs are split in halves;
+    each half is judged by the classifier fitted to the other.
+
+    Args:
+        natural, generated: [B, T] int64 completions of one shape, B >= 4. mask: [B, T] bool, shared, or None.
+        seed: of the split.
+
+    Returns:
+        accuracy over all 2B texts, and its 95 % interval (Wilson, of the sampling of test texts).
+    """
+    if natural.shape != generated.shape or len(natural) < 4:
+        raise ValueError("c2st needs natural and generated texts in at least 4 pairs of one length, got shapes "
+                         f"{tuple(natural.shape)} and {tuple(generated.shape)}")
+    B = len(natural)
+    both = torch.cat([natural, generated])
+    both_mask = None if mask is None else torch.cat([mask, mask])
+    kernel = sum(weight * _ngram_kernel(both, n, both_mask) for n, weight in _ORDER_WEIGHTS.items()
+                 if n <= both.shape[1])
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed)).to(both.device)
+    halves = order[: B // 2], order[B // 2:]
+    correct = 0
+    for train, test in (halves, halves[::-1]):
+        train, test = torch.cat([train, train + B]), torch.cat([test, test + B])
+        scores = _logistic_scores(kernel[train][:, train], kernel[test][:, train], (train < B).double())
+        correct += ((scores > 0) == (test < B)).sum().item()
+    return correct / (2 * B), _wilson(correct, 2 * B)
+
+
+def _wilson(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927)."""
+    z, p = 1.959963984540054, successes / trials
+    center = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * (p * (1 - p) / trials + z * z / (4 * trials**2)) ** 0.5
+    return center - half, center + half
+
+
+@torch.no_grad()
+def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor | None = None,
+              batch_size: int = 64) -> float:
+    """Negative log-likelihood, nats per token, of positions from `start` on under a causal model that sees the prompt.
+
+    Special ids are outside the softmax, as they are outside sampling.
+
+    Args:
+        model: causal `GPT`; `model(tokens)` are logits [B, T, V] of the next token.
+        tokens: [B, T] int64, prompt and completion. start: first position that counts, at least 1.
+    """
+    total, count = 0.0, 0
+    for first in range(0, len(tokens), batch_size):
+        rows = tokens[first: first + batch_size]
+        logits_BTV = model(rows)[:, start - 1: -1, : model.vocabulary.base_size].float()
+        real = torch.ones_like(rows[:, start:], dtype=torch.bool) if mask is None else mask[first: first + batch_size,
+                                                                                            start:]
+        nll = F.cross_entropy(logits_BTV[real], rows[:, start:][real], reduction="none")
+        total += nll.double().sum().item()
+        count += nll.numel()
+    return total / count
+
+
+def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: Tensor,
+                   judge: Callable[[Tensor], float], mask: Tensor | None = None, seed: int = 0) -> dict[str, object]:
+    """Every measure of one set of generated texts; a table's natural row passes other natural text as generated.
+
+    Args:
+        natural, generated: [B, T] int64, prompts included; only positions from `start` on are measured.
+        held_out: [B', T'] int64, text for n-gram frequencies that is in neither.
+        judge: nats per completion token of whole rows [B, T] (`judge_nll` of an independent model).
+        mask: [B, T] bool, shared by natural and generated, or None.
+
+    Returns:
+        judge_nll, entropy, distinct_4, self_bleu, c2st, c2st_ci95 ([low, high]) and ngram_js; all fit for JSON.
+    """
+    texts, real = generated[:, start:], None if mask is None else mask[:, start:]
+    accuracy, interval = c2st(natural[:, start:], texts, seed=seed, mask=real)
+    return {
+        "judge_nll": judge(generated),
+        "entropy": token_entropy(texts, real),
+        "distinct_4": distinct_n(texts, 4, real),
+        "self_bleu": self_bleu(texts, 4, real),
+        "c2st": accuracy,
+        "c2st_ci95": list(interval),
+        "ngram_js": ngram_js(texts, held_out, 3, real),
+    }
+
+
+class MatchedTemperature(NamedTuple):
+    temperature: float
+    entropy: float
+    tokens: Tensor
+
+
+def temperature_matching_entropy(generate_at: Callable[[float], Tensor], target_entropy: float, *,
+                                 tolerance: float = 0.01, low: float = 0.2, high: float = 2.0,
+                                 max_calls: int = 12) -> MatchedTemperature:
+    """The temperature at which generated text has the token entropy of another model's text.
+
+    Bisection whose first guess is temperature 1 and whose later ones are interpolated, kept off the bracket's ends by a
+    tenth of its width. Without a temperature in [low, high] that matches, the nearest one tried is returned; compare
+    `entropy` with the target.
+
+    Args:
+        generate_at: completions [B, T] int64 at a temperature, the same noise at each, so that entropy rises smoothly.
+        target_entropy: nats. tolerance: relative.
+        max_calls: most calls of `generate_at`.
+
+    Returns:
+        temperature, entropy there, and the completions.
+    """
+    left, at_left, right, at_right = low, None, high, None  # the bracket, and the entropy at ends that were tried
+    guess, best = min(max(1.0, low), high), None
+    for _ in range(max_calls):
+        tokens = generate_at(guess)
+        entropy = token_entropy(tokens)
+        if best is None or abs(entropy - target_entropy) < abs(best.entropy - target_entropy):
+            best = MatchedTemperature(guess, entropy, tokens)
+        out_of_range = guess == (high if entropy < target_entropy else low)
+        if abs(entropy - target_entropy) <= tolerance * target_entropy or out_of_range:
+            break
+        if entropy < target_entropy:
+            left, at_left = guess, entropy
+        else:
+            right, at_right = guess, entropy
+        if at_left is not None and at_right is not None:
+            share = (target_entropy - at_left) / (at_right - at_left) if at_right > at_left else 0.5
+            guess = left + min(max(share, 0.1), 0.9) * (right - left)
+        elif right - left > 0.25:
+            guess = (left + right) / 2
+        else:
+            guess = right if at_right is None else left
+    return best
