@@ -177,7 +177,7 @@ class Cursor:
         if not self.num_windows:
             raise ValueError(_too_short(self.dataset, self.split, 1, 0, self.block_size))
 
-    @property
+    @cached_property
     def num_windows(self) -> int:
         """Windows (documents) of an epoch."""
         return int(self._row_windows.sum())
@@ -257,17 +257,16 @@ def _gather(dataset: Dataset, split: str, row: np.ndarray, start: np.ndarray, bl
     source = dataset.splits[split]
     begin, shard = source.start[row] + start, source.shard[row]
     tokens = torch.empty(len(row), block_size, dtype=torch.int64)
-    lengths = np.minimum(source.length[row] - start, block_size)
     out = tokens.numpy()
     for index in np.unique(shard).tolist():
         values, here = source.values[index], shard == index
         if _is_documents(dataset):
-            reach = np.minimum(begin[here, None] + np.arange(block_size), values.size - 1)
-            out[here] = values[reach]
-        else:
-            view = np.lib.stride_tricks.sliding_window_view(values, block_size)
-            out[here] = view[begin[here]]
-    attention_mask = torch.arange(block_size) < torch.from_numpy(lengths)[:, None]
+            out[here] = values[np.minimum(begin[here, None] + np.arange(block_size), values.size - 1)]
+        else:  # a view of every window that the shard has; indexing it copies whole rows
+            out[here] = np.lib.stride_tricks.sliding_window_view(values, block_size)[begin[here]]
+    if not _is_documents(dataset):
+        return Batch(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    attention_mask = torch.arange(block_size) < torch.from_numpy(source.length[row])[:, None]
     return Batch(tokens.masked_fill_(~attention_mask, dataset.vocabulary.pad_id), attention_mask)
 
 

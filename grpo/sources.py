@@ -183,7 +183,7 @@ def _read_jsonl(part: Part, text_column: str, separator: str) -> Iterator[str]:
 
 
 def _range_text(part: Part, delimiter: bytes) -> tuple[int, str]:
-    """The text of a range, from the end of the first delimiter in it to that of the first one after it."""
+    """The text of a range, from the end of the first delimiter in it to the first one after it."""
     with _open(part) as file:
         file.seek(part.start)
         data = file.read(part.stop - part.start)
@@ -191,7 +191,7 @@ def _range_text(part: Part, delimiter: bytes) -> tuple[int, str]:
         while delimiter and delimiter not in tail and (block := file.read(_READ_BYTES)):
             tail += block
     end = tail.find(delimiter)
-    data += tail if end < 0 else tail[: end + len(delimiter)]
+    data += tail if end < 0 else tail[:end]
     begin = 0
     if part.start:
         found = data.find(delimiter)
