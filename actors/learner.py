@@ -110,8 +110,11 @@ class Learner:
     @torch.no_grad()
     def natural_features(self, natural: Batch) -> Tensor:
         """[b, T - P, F] features of this rank's natural rows; computed while the actors roll out."""
-        mask = None if bool(natural.attention_mask.all()) else natural.attention_mask.to(self.device)
-        features = self.model.encode_layers(natural.tokens.to(self.device), mask, self.config.reward.layers)
+        mask = natural.attention_mask.to(self.device)
+        completion = mask.clone()
+        completion[:, : self.config.grpo.prompt_tokens] = False
+        features = self.model.reward_features(natural.tokens.to(self.device), completion,
+                                              None if bool(mask.all()) else mask)
         return features[:, self.config.grpo.prompt_tokens:]
 
     def remember(self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch,
@@ -131,6 +134,8 @@ class Learner:
             features=torch.stack([torch.cat([s.features[:, prompt:] for s in scores]).to(self.device), features]),
             mask=torch.stack([torch.cat([r.completion_mask[:, prompt:] for r in rollouts]), natural_mask]).to(self.device),
         )
+        if not self.buffer:
+            self._calibrate(features, texts.mask[1])
         self.buffer.append(texts)
         with torch.no_grad():
             odds = [log_odds(self.reward_head(f, m).logits) for f, m in zip(texts.features, texts.mask, strict=True)]
@@ -323,6 +328,13 @@ class Learner:
         if "p_mask_unmask" in metrics:
             self.mask_bias.update(self.all_reduce(metrics["p_mask_unmask"].clone()))
         return loss, metrics
+
+    def _calibrate(self, features: Tensor, mask: Tensor) -> None:
+        """Standardise the reward head's features by the first round's natural text of all ranks."""
+        for head in (self.reward_head, self.average):
+            head.calibrate(features, mask)
+            for buffer in (head.shift, head.scale):
+                buffer.copy_(self.all_reduce(buffer.clone()) / self.world)
 
     def _gather(self, ages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Features [2m, T - P, F] and masks of m pairs: generated first, natural second."""

@@ -45,16 +45,9 @@ class Reward:
         if version != self.version:
             load_heads(self.model, heads)
             self.version = version
-        features = self._features(rollout.tokens, rollout.attention_mask)
-        output = self.model.heads["reward"](features, rollout.completion_mask.to(self.device))
+        completion = rollout.completion_mask.to(self.device)
+        mask = None if bool(rollout.attention_mask.all()) else rollout.attention_mask.to(self.device)
+        features = self.model.reward_features(rollout.tokens.to(self.device), completion, mask)
+        output = self.model.heads["reward"](features, completion)
         return Scores(logits=output.logits.cpu(), token_logits=output.token_logits.cpu(), features=features.cpu(),
                       version=version)
-
-    @torch.no_grad()
-    def features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T, F] frozen features of texts, for instance natural ones."""
-        return self._features(tokens, attention_mask).cpu()
-
-    def _features(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        mask = None if bool(attention_mask.all()) else attention_mask.to(self.device)
-        return self.model.encode_layers(tokens.to(self.device), mask, self.model.reward.layers)

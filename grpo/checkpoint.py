@@ -35,7 +35,7 @@ from grpo.model import GPT, MODES
 from grpo.tokenizer import Tokenizer, Vocabulary
 
 HEADS = (*MODES.values(), "critic", "sampler")
-REWARD_SHAPE = ("layers", "pooling", "hidden", "spectral_norm")
+REWARD_SHAPE = ("layers", "masked_passes", "pooling", "hidden", "spectral_norm")
 """Fields of RewardSection that decide the shape of a head; the others are about training."""
 MANIFEST, DESCRIPTION, MODEL, TRAINING = "manifest.json", "checkpoint.json", "model.safetensors", "training.safetensors"
 

@@ -349,6 +349,9 @@ class GrpoSection:
 class RewardSection:
     layers: tuple[int, ...] = (-1,)
     """Trunk layers whose hidden states the reward head reads; -1 is the normed output, k the output of block k."""
+    masked_passes: int = 2
+    """Trunk passes in which a share of the completion is masked, so that each token is also seen through the state
+    that predicts it; 0: visible states alone. A causal trunk needs no further pass."""
     pooling: str = "both"
     """`last` non-pad token, `mean` over completion tokens, or `both` concatenated."""
     hidden: int = 256
@@ -373,8 +376,10 @@ class RewardSection:
     """Fewest reward steps of a round."""
     max_steps: int = 8
     """Most reward steps of a round."""
-    warmup_steps: int = 100
-    """Reward steps before the first round."""
+    warmup_rounds: int = 4
+    """Rounds before the first generator phase in which only the reward head trains."""
+    warmup_steps: int = 25
+    """Reward steps of each of these rounds."""
     band_low: float = 0.6
     """Held-out accuracy below which the controller adds reward steps."""
     band_high: float = 0.8
@@ -385,6 +390,7 @@ class RewardSection:
         _one_of("reward.loss", self.loss, ("mse", "bce", "bradley_terry"))
         _one_of("reward.signal", self.signal, ("probability", "log_odds"))
         _check(len(self.layers) >= 1, "reward.layers", "at least one layer", self.layers)
+        _check(self.masked_passes == 0 or self.masked_passes >= 2, "reward.masked_passes", "0 or at least 2 (one pass would hide every neighbour)", self.masked_passes)
         _check(0 <= self.smoothing < 0.5, "reward.smoothing", "at least 0 and below 0.5", self.smoothing)
         _check(0 <= self.ema < 1, "reward.ema", "at least 0 and below 1", self.ema)
         _check(0.5 <= self.band_low < self.band_high <= 1, "reward.band_low", f"at least 0.5 and below reward.band_high ({self.band_high})", self.band_low)

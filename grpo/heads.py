@@ -7,7 +7,8 @@
    lm head. (A head that ends in SiLU and LayerNorm starts far from it.)
 3. The reward head gives logits, natural first. Beside the pooled pair it gives each token's log-odds of being natural,
    on the same features, for dense credit.
-4. Features of several trunk layers are read as one vector; each pooled statistic is taken over the completion only.
+4. Its features are standardised by fixed statistics of natural text: their scales differ a hundredfold between layers,
+   and a head on raw ones learns too slowly to be a useful opponent. Pooled statistics are taken over the completion.
 5. States are cast to the head's dtype: a frozen trunk may be bfloat16 under float32 heads that train.
 """
 
@@ -124,6 +125,8 @@ class RewardHead(nn.Module):
     def __init__(self, features: int, *, hidden: int, pooling: str, spectral: bool) -> None:
         super().__init__()
         self.pooling = pooling
+        self.register_buffer("shift", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
         self.pooled = nn.Sequential(
             nn.Linear(_pooled_width(features, pooling), hidden), nn.ReLU(), nn.Linear(hidden, 2)
         )
@@ -131,6 +134,13 @@ class RewardHead(nn.Module):
         if spectral:
             for layer in (self.pooled[0], self.pooled[2], self.token[0], self.token[2]):
                 spectral_norm(layer)
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor, completion_mask: Tensor) -> None:
+        """Fix the standardisation of each feature to the mean and spread of these tokens, [B, T, F] and [B, T] bool."""
+        chosen = features[completion_mask].float()
+        self.shift.copy_(chosen.mean(0))
+        self.scale.copy_(1 / chosen.std(0).clamp(min=1e-4))
 
     def forward(self, features: Tensor, completion_mask: Tensor) -> RewardOutput:
         """Score texts.
@@ -140,6 +150,7 @@ class RewardHead(nn.Module):
             completion_mask: [B, T] bool, True at the tokens judged: neither prompt nor pad.
         """
         features = features.to(self.pooled[0].weight.dtype)
+        features = (features - self.shift) * self.scale
         logits = self.pooled(pool(features, completion_mask, self.pooling))
         token_logits = self.token(features).squeeze(-1).masked_fill(~completion_mask, 0.0)
         return RewardOutput(logits, token_logits)

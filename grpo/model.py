@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grpo.config import ModelSection, RewardSection
+from grpo.features import feature_width, reward_features
 from grpo.heads import ClassifierHead, CriticHead, LmHead, RewardHead, RewardOutput, SamplerHead, ScorerHead
 from grpo.tokenizer import Vocabulary
 
@@ -252,7 +253,7 @@ class GPT(nn.Module):
                     last = self.model.n_layer
                     raise ValueError(f"reward.layers must be -1 or between 1 and model.n_layer ({last}), got {layer}")
             head = RewardHead(
-                width * len(self.reward.layers),
+                feature_width(width, len(self.reward.layers), self.reward.masked_passes),
                 hidden=self.reward.hidden,
                 pooling=self.reward.pooling,
                 spectral=self.reward.spectral_norm,
@@ -299,9 +300,8 @@ class GPT(nn.Module):
         head = head or MODES[self.mode]
         self._require(head)
         if head == "reward":
-            features = self.encode_layers(tokens, attention_mask, self.reward.layers)
             mask = _completion(tokens, attention_mask, positions)
-            return self.heads["reward"](features, mask).logits.softmax(dim=-1)
+            return self.reward_scores(tokens, mask, attention_mask).logits.softmax(dim=-1)
         return self._route(head, self.encode(tokens, attention_mask), tokens, attention_mask, positions)
 
     def _route(
@@ -333,9 +333,14 @@ class GPT(nn.Module):
     def reward_scores(
         self, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None = None
     ) -> RewardOutput:
-        """The reward head's logits for texts [B, T] and for their tokens, on one trunk pass."""
+        """The reward head's logits for texts [B, T] and for their tokens."""
         self._require("reward")
-        return self.heads["reward"](self.encode_layers(tokens, attention_mask, self.reward.layers), completion_mask)
+        return self.heads["reward"](self.reward_features(tokens, completion_mask, attention_mask), completion_mask)
+
+    def reward_features(self, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[B, T, F] frozen features that the reward head reads; see `grpo/features.py`."""
+        return reward_features(self.trunk, self.vocabulary, tokens, completion_mask, attention_mask=attention_mask,
+                               layers=self.reward.layers, masked_passes=self.reward.masked_passes)
 
     def embed_known(self, tokens: Tensor) -> Tensor:
         """[...] -> [..., C] token embeddings; zero vectors for what is no text ([MASK], pad, -1 for none)."""

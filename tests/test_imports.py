@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "config", "config_file", "noise", "tokenizer", "sources", "data", "metrics", "heads", "model", "checkpoint",
-    "corruption", "mask_bias", "diffusion_loss", "critic", "remasking", "denoise", "autoregress",
+    "config", "config_file", "noise", "tokenizer", "sources", "shards", "data", "metrics", "heads", "features", "model", "checkpoint", "gpt2",
+    "corruption", "mask_bias", "diffusion_loss", "wavefront", "critic", "remasking", "denoise", "autoregress",
     "multitask", "trajectory", "policy_loss", "reward_loss", "optim", "text_quality",
 ]
 FORBIDDEN = {"grpo": {"ray", "mlflow", "actors", "pipelines"}, "actors": {"mlflow", "pipelines"}, "pipelines": set()}
@@ -44,7 +44,7 @@ def test_grpo_imports_downwards_only(path):
 
 def test_the_mathematics_never_synchronises_inside_a_step():
     """`.item()` and `.tolist()` wait for the device; they belong to those who read metrics."""
-    steps = ["corruption", "diffusion_loss", "critic", "remasking", "denoise", "policy_loss"]
+    steps = ["corruption", "diffusion_loss", "features", "critic", "remasking", "denoise", "policy_loss"]
     for name in steps:
         text = (ROOT / "grpo" / f"{name}.py").read_text(encoding="utf-8")
         assert ".item()" not in text and ".tolist()" not in text, name

@@ -179,7 +179,7 @@ def test_reward_reads_the_completion_only(pooling):
     model = make(mode="reward", reward=RewardSection(layers=(1, -1), pooling=pooling))
     completion = torch.zeros(B, T, dtype=torch.bool)
     completion[:, 4:7] = True
-    features = model.encode_layers(tokens(), None, (1, -1))
+    features = model.reward_features(tokens(), completion)
     output = model.heads["reward"](features, completion)
     changed = torch.where(completion[..., None], features, torch.randn_like(features))
     again = model.heads["reward"](changed, completion)

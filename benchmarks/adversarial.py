@@ -1,0 +1,113 @@
+"""Adversarial training in this process, without Ray: what the quality benchmarks run many times over.
+
+The same `Generator`, `Reward` and `Learner` as `pipelines/grpo.py`, called directly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from actors.generator import Generator
+from actors.learner import Learner
+from actors.pretrainer import Pretrainer
+from actors.reward import Reward
+from actors.trunk_store import Blueprint, to_arrays
+from grpo.config import Config, DenoiseSection
+from grpo.data import Batch, Cursor, Dataset
+from grpo.denoise import denoise
+from grpo.model import GPT
+from grpo.noise import row_seeds
+from grpo.remasking import resolve_policy
+from grpo.trajectory import credited_tokens
+
+EVALUATION_STREAM = 31
+
+
+def train_base(config: Config, dataset: Dataset, *, device: str = "cpu") -> tuple[GPT, Pretrainer]:
+    """Pretrain a generator."""
+    torch.manual_seed(config.run.seed)
+    model = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size)
+    trainer = Pretrainer(model, config, device=device)
+    cursor = Cursor(dataset, "train", config.pretrain.batch_size, config.data.block_size, config.run.seed)
+    for step in range(config.pretrain.steps):
+        trainer.step(step, cursor.batch(step))
+    model.eval()
+    return model, trainer
+
+
+class Adversary:
+    """A learner with one generator and one reward model, and the loop around them."""
+
+    def __init__(self, config: Config, dataset: Dataset, base: GPT, *, threads: int = 1, device: str = "cpu") -> None:
+        self.config, grpo = config, config.grpo
+        blueprint = Blueprint(model=config.model, vocabulary=dataset.vocabulary, block_size=config.data.block_size,
+                              reward=config.reward)
+        trunk = {name: array.copy() for name, array in to_arrays(base.trunk.state_dict()).items()}
+        torch.manual_seed(config.run.seed)
+        scratch = blueprint.build("generator")
+        scratch.load_state_dict(base.state_dict())
+        scratch.untie(grpo.residual)
+        heads = to_arrays(scratch.heads.state_dict())
+        remasking = resolve_policy(config.denoise.remasking, base, None)
+        self.learner = Learner(blueprint, config, trunk, heads, remasking=remasking, device=device)
+        self.generator = Generator(
+            blueprint, trunk, heads, settings=config.denoise, remasking=remasking,
+            policy_tokens=credited_tokens(grpo.policy_tokens, remasking), prompt_tokens=grpo.prompt_tokens,
+            group_size=grpo.group_size, min_neighbors_ratio=config.sampler.min_neighbors_ratio, seed=config.run.seed,
+            lm_residual=grpo.residual, threads=threads, device=device)
+        self.reward = Reward(blueprint, trunk, self.learner.scoring_heads(), threads=threads, device=device)
+        self.natural = Cursor(dataset, "train", grpo.prompts * grpo.group_size, config.data.block_size, config.run.seed)
+        self.heads, self.scoring = self.learner.generator_heads(), self.learner.scoring_heads()
+
+    def round(self, round: int, *, train_generator: bool = True, reward_steps: int | None = None) -> dict[str, float]:
+        """Roll out, score, generator phase, reward phase."""
+        learner, grpo = self.learner, self.config.grpo
+        natural = self.natural.batch(round)
+        prompts = Batch(natural.tokens[:: grpo.group_size], natural.attention_mask[:: grpo.group_size])
+        rollout = self.generator.roll_out(self.heads, learner.version, learner.bias, round, torch.arange(grpo.prompts),
+                                          prompts.tokens, prompts.attention_mask)
+        scores = self.reward.score(self.scoring, round, rollout)
+        metrics = learner.remember(round, [rollout], [scores], natural, learner.natural_features(natural))
+        if train_generator:
+            metrics |= learner.generator_phase(round, [rollout], [scores], prompts, torch.arange(grpo.prompts))
+            self.heads = learner.generator_heads()
+            learner.steer_reward(metrics["reward_accuracy"])
+        metrics |= learner.reward_phase(round, reward_steps)
+        self.scoring = learner.scoring_heads()
+        return metrics
+
+    def run(self, on_round: Callable[[int, dict[str, float]], None] = lambda round, metrics: None) -> GPT:
+        warmup = self.config.reward.warmup_rounds
+        for round in range(warmup + self.config.grpo.rounds):
+            first = round < warmup
+            on_round(round - warmup, self.round(round, train_generator=not first,
+                                                reward_steps=self.config.reward.warmup_steps if first else None))
+        return self.learner.model
+
+
+def generate(model: GPT, prompts: Batch, settings: DenoiseSection, *, prompt_tokens: int, seed: int,
+             temperature: float | None = None, steps: int | None = None, mask_bias: float = 0.0,
+             batch_size: int = 256) -> torch.Tensor:
+    """Continue natural rows [B, T] from their first `prompt_tokens`; returns [B, T] on the CPU."""
+    settings = replace(settings, temperature=temperature or settings.temperature, steps=steps or settings.steps)
+    device = next(model.parameters()).device
+    seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
+    out = []
+    for part in torch.arange(len(prompts.tokens)).split(batch_size):
+        mask = prompts.attention_mask[part].to(device)
+        completion = mask.clone()
+        completion[:, :prompt_tokens] = False
+        tokens = prompts.tokens[part].to(device).masked_fill(completion, model.vocabulary.mask_id)
+        out.append(denoise(model, tokens, seeds=seeds[part].to(device), steps=settings.steps, schedule=settings.schedule,
+                           temperature=settings.temperature, top_p=settings.top_p, remasking=settings.remasking,
+                           randomness=settings.randomness, protected=~completion,
+                           attention_mask=None if bool(mask.all()) else mask, sampler=settings.sampler,
+                           mask_bias=mask_bias).cpu())
+    return torch.cat(out)

@@ -1,0 +1,62 @@
+"""What the reward head reads of a text: frozen states of each token, with the token in sight and without it.
+
+1. A state that has seen its own token says little about whether the token fits: a bidirectional trunk is trained to
+   copy visible words. The state from which the token would have been predicted says much more. So beside the visible
+   states each completion token has a *prediction state*, from a pass in which it is masked.
+2. `masked_passes` K costs K trunk passes: pass k masks the completion positions t with t mod K = k, so that with K = 2
+   each token is predicted with both neighbours in sight. A causal trunk needs none: its state at t - 1 is that state.
+3. A token's features are [visible states of each layer, prediction state, token embedding, log-probability of the token
+   there, entropy there], the last two under the trunk's own token embedding as lm matrix, in nats.
+4. Everything here belongs to the frozen trunk, so a text's features never change and the generator cannot move them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grpo.tokenizer import Vocabulary
+
+
+def feature_width(width: int, num_layers: int, masked_passes: int) -> int:
+    """F, features per token, for a trunk of the given width C."""
+    return width * num_layers + (2 * width + 2 if masked_passes else 0)
+
+
+def reward_features(trunk: nn.Module, vocabulary: Vocabulary, tokens: Tensor, completion_mask: Tensor, *,
+                    attention_mask: Tensor | None, layers: tuple[int, ...], masked_passes: int) -> Tensor:
+    """Features of every token.
+
+    Args:
+        trunk: `grpo.model.Trunk`.
+        tokens: [B, T] int64, without [MASK].
+        completion_mask: [B, T] bool, tokens that are judged; only they are ever masked.
+        attention_mask: [B, T] bool or None.
+        layers: whose visible states are read; see `Trunk.forward`.
+        masked_passes: K, 0 for visible states alone.
+
+    Returns:
+        [B, T, F]; prediction parts are zero outside the completion.
+    """
+    visible = trunk(tokens, attention_mask, layers)
+    if not masked_passes:
+        return visible
+    if trunk.causal:
+        predicted = F.pad(trunk(tokens, attention_mask)[:, :-1], (0, 0, 1, 0))
+    else:
+        predicted = None
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        for k in range(masked_passes):
+            hidden_here = completion_mask & (position % masked_passes == k)
+            states = trunk(tokens.masked_fill(hidden_here, vocabulary.mask_id), attention_mask)
+            states = states * hidden_here[..., None]
+            predicted = states if predicted is None else predicted + states
+    predicted = predicted * completion_mask[..., None]
+    logprobs = F.linear(predicted, trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
+    text = tokens.clamp(max=vocabulary.base_size - 1)
+    own = logprobs.gather(-1, text[..., None])
+    entropy = -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
+    scalars = torch.cat([own, entropy], -1) * completion_mask[..., None]
+    embedding = trunk.wte(text) * completion_mask[..., None]
+    return torch.cat([visible, predicted, embedding, scalars.to(visible.dtype)], -1)
