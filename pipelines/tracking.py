@@ -1,0 +1,393 @@
+"""MLflow beside a run that never waits for it: `log` appends to a queue, a background thread sends batches.
+
+A dead, slow or full tracking store cannot stop or slow training: the tracker says so once on stderr, keeps what it
+could not send in `unsent-<writer>.jsonl` in the run's folder (bounded), tries again, and goes on; what is left when the
+process ends is sent by the next one of the same run and writer.
+
+1. A run is found by its name in its experiment (and its parent), so the command that resumes training continues the
+   same MLflow run. Steps that the store already holds, because they came after the checkpoint that is resumed from, are
+   not stored twice: a replayed metric is dropped where its name and step are there.
+2. MLflow has no transaction over a lost answer; a retried batch keeps its timestamps, which makes it the same rows.
+3. Names are checked here and not by the server, whose refusal would come too late: characters are replaced, and a name
+   that is also another's folder (`loss` and `loss/policy`) raises `ValueError` at once.
+4. The default store is SQLite in the output folder, by absolute path, because under `ray job submit` the current folder
+   is temporary. It is for one machine; a cluster sets MLFLOW_TRACKING_URI to a server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.config import TrackingSection
+
+MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
+MAX_PARAM_CHARS = 500  # what every MLflow server of the last years takes
+BATCH = 1000  # metrics per request, MLflow's limit
+_ENVIRONMENT = {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+                "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+                "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
+
+
+def tracking_uri(section: TrackingSection, output: str | Path) -> str:
+    """The configured URI, else MLFLOW_TRACKING_URI, else a SQLite store in `output`."""
+    uri = section.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri or f"sqlite:///{Path(output).expanduser().resolve() / 'mlflow.db'}"
+
+
+def metric_name(name: str) -> str:
+    """A name that every MLflow server takes: letters, digits, `_`, `-`, `.`, space and single inner slashes."""
+    parts = (re.sub(r"[^A-Za-z0-9_.\- ]", "_", part).strip() for part in name.split("/"))
+    clean = "/".join(part for part in parts if part not in ("", ".", ".."))
+    if not clean:
+        raise ValueError(f"metric name {name!r} holds no letter or digit; rename it")
+    return clean[:250]
+
+
+class MetricNames:
+    """Names of one run, sanitised, refused where one is another's folder or two become one."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, str] = {}
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        clean = metric_name(name)
+        if self._sources.get(clean) == name:
+            return clean
+        if clean in self._sources:
+            raise ValueError(f"metrics {self._sources[clean]!r} and {name!r} are both {clean!r} in MLflow; rename one")
+        parts = clean.split("/")
+        folders = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+        if clean in self._folders:
+            raise ValueError(f"metric {name!r} is also the folder of {self._folders[clean]!r}; rename one")
+        for folder in folders:
+            if folder in self._sources:
+                raise ValueError(f"metric {self._sources[folder]!r} is also the folder of {name!r}; rename one")
+        self._sources[clean] = name
+        for folder in folders:
+            self._folders[folder] = name
+        return clean
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and text values of a resolved config; values over 500 characters are cut."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            text = str(value)
+            flat[prefix + key] = text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
+    return flat
+
+
+class Tracker:
+    """One MLflow run, seen from one process. Use as a context manager, or end with `finish`.
+
+    The driver makes one with the run's name and config; rank 0 of a Train worker may make its own with the driver's
+    `run_id`. No method but `run_id`, `flush` and `finish` ever waits for the store, and these wait for a bounded time.
+
+    Args:
+        section: URI and experiment.
+        folder: the run's folder; its parent holds the default store.
+        name: of the MLflow run; an existing one of this name (and parent) is continued.
+        config: resolved config, logged as params and as `config.yaml`; on a resume a changed value becomes a tag.
+        start_step: first step that this process logs; unsent records from there on are made again, so they are dropped.
+        run_id: attach to this run instead of looking for the name; `finish` then leaves the run open for its owner.
+        parent_run_id: of the sweep that this run is a trial of.
+        writer: distinguishes processes that log to one run, in the name of the file of unsent records.
+        flush_s: seconds between sends.
+        warn: how to tell the user, once per failure of the store and once per recovery.
+    """
+
+    def __init__(self, section: TrackingSection, folder: str | Path, name: str, *,
+                 config: Mapping[str, Any] | None = None, start_step: int = 0, run_id: str | None = None,
+                 parent_run_id: str | None = None, writer: str = "driver", flush_s: float = 1.0,
+                 warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        self.uri = tracking_uri(section, self.folder.parent)
+        self._experiment, self._name, self._config, self._parent = section.experiment, name, config, parent_run_id
+        self._attached, self._run_id, self._flush_s, self._warn = run_id is not None, run_id, flush_s, warn
+        self._names = MetricNames()
+        self._file = self.folder / f"unsent-{writer}.jsonl"
+        self._pending: deque[dict[str, Any]] = deque(_unsent(self._file, start_step))
+        self._written = len(self._pending)  # leading records that the file holds as well
+        self._seen: set[tuple[str, int]] = set()  # (name, step) that the store held when we came
+        self._client: Any = None
+        self._failures = self._dropped = 0
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit)
+        self.finish("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+
+    @property
+    def run_id(self) -> str | None:
+        """The run's id, for rank 0 or for trials; None when the store cannot be reached now. Waits up to 60 s."""
+        self._wait(lambda failures: self._client is not None or self._failures > failures, 60)
+        return self._run_id
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log figures of one step.
+
+        Raises:
+            ValueError: a name is another one's folder, or becomes the same as another's.
+        """
+        now = time.time_ns() // 1_000_000
+        self._add({"do": "metrics", "rows": [[self._names(name), float(value), now, step]
+                                             for name, value in metrics.items()]})
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        self._add({"do": "tags", "tags": {key: str(value)[:5000] for key, value in tags.items()}})
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Upload a file or folder, as it is when its turn comes."""
+        self._add({"do": "artifact", "path": str(Path(path).resolve()), "folder": folder})
+
+    def table(self, name: str, rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> None:
+        """Keep a table as `tables/<name>.json` in the run's folder and in MLflow, which shows it as a table."""
+        text = json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}, default=str)
+        if self._keep(self.folder / "tables" / f"{name}.json", lambda path: path.write_text(text)):
+            self.artifact(self.folder / "tables" / f"{name}.json", "tables")
+            self._add({"do": "table", "name": f"tables/{name}.json"})
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Keep a matplotlib figure as `figures/<name>.png` in the run's folder and in MLflow."""
+        if self._keep(self.folder / "figures" / f"{name}.png", lambda path: figure.savefig(path, dpi=150)):
+            self.artifact(self.folder / "figures" / f"{name}.png", "figures")
+
+    def dataset(self, name: str, fingerprint: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Note the training data: name, sha256, where it came from, and its counts."""
+        self._add({"do": "dataset", "name": name, "digest": fingerprint[:36], "source": source,
+                   "profile": json.dumps(dict(profile), default=str)})
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Wait until all is stored, a try fails, or the time is over; True if all is stored."""
+        self._wait(lambda failures: self._stored() or self._failures > failures, timeout_s)
+        return self._stored()
+
+    def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+        """Send what is left, set the run's status (FINISHED, FAILED, KILLED) unless attached, and end the thread."""
+        if self._closing:
+            return
+        if not self._attached:
+            self._add({"do": "status", "status": status})
+        stored = self.flush(timeout_s)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout=5)
+        if not stored:
+            self._write_unsent()
+            kept = f"are in {self._file} and are sent when this run is resumed"
+            self._warn(f"tracking: {len(self._pending)} records could not be sent to {self.uri}; they "
+                       + (kept if self._written >= len(self._pending) else "are lost, as nothing could be written"))
+        if self._dropped:
+            self._warn(f"tracking: {self._dropped} records were given up while {self.uri} was away (more than "
+                       f"{MAX_PENDING} waited)")
+
+    def _stored(self) -> bool:
+        return self._client is not None and not self._pending
+
+    def _wait(self, holds: Callable[[int], bool], timeout_s: float) -> None:
+        with self._changed:
+            failures = self._failures
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: holds(failures) or self._closing, timeout_s)
+
+    def _add(self, record: dict[str, Any]) -> None:
+        with self._changed:  # held for moments only, never across a request
+            if len(self._pending) >= MAX_PENDING:
+                self._dropped += 1
+            else:
+                self._pending.append(record)
+
+    def _keep(self, path: Path, write: Callable[[Path], object]) -> bool:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            self._warn(f"tracking: {path} was not written ({error}); the run goes on")
+            return False
+        return True
+
+    def _work(self) -> None:
+        """The background thread: every `flush_s` seconds, and when someone waits, send; after failures, ever later."""
+        while not self._closing:
+            try:
+                if self._client is None:
+                    self._connect()
+                self._send()
+                if self._failures:
+                    self._warn(f"tracking: {self.uri} is back; what waited has been sent")
+                self._failures = 0
+            except Exception as error:  # whatever a store does, the run goes on
+                if not self._failures:
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                    self._warn(f"tracking: {self.uri} does not answer ({reason}); the run goes on, and keeps its "
+                               f"records in {self._file}")
+                self._failures += 1
+                self._write_unsent()
+            with self._changed:
+                self._changed.notify_all()
+                if not self._closing:
+                    self._changed.wait(self._flush_s * min(2**self._failures, 30))
+
+    def _connect(self) -> None:
+        """Find or make the run, and read which steps it already holds."""
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        for noisy in ("alembic", "mlflow", "urllib3"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(tracking_uri=self.uri)
+        if self._run_id is None:
+            experiment = client.get_experiment_by_name(self._experiment)
+            if experiment is None:
+                local = self.uri.startswith("sqlite:")
+                try:
+                    place = (self.folder.parent / "mlflow-artifacts").as_uri() if local else None
+                    identity = client.create_experiment(self._experiment, artifact_location=place)
+                except MlflowException:  # another process was faster
+                    identity = client.get_experiment_by_name(self._experiment).experiment_id
+            else:
+                identity = experiment.experiment_id
+            quoted = self._name.replace("'", "\\'")
+            parent = f" and tags.mlflow.parentRunId = '{self._parent}'" if self._parent else ""
+            runs = client.search_runs([identity], f"attributes.run_name = '{quoted}'{parent}",
+                                      order_by=["attributes.start_time DESC"])
+            runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == self._parent]
+            tags = {"mlflow.parentRunId": self._parent} if self._parent else {}
+            run = runs[0] if runs else client.create_run(
+                identity, run_name=self._name, tags={**tags, "mlflow.source.name": sys.argv[0]})
+            if run.info.status != "RUNNING":
+                client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            run = client.get_run(self._run_id)
+        self._seen = {(key, metric.step) for key in run.data.metrics
+                      for metric in client.get_metric_history(run.info.run_id, key)}
+        if self._config is not None:
+            self._log_config(client, run)
+        self._run_id, self._client = run.info.run_id, client
+        with self._changed:
+            self._changed.notify_all()
+
+    def _log_config(self, client: Any, run: Any) -> None:
+        from mlflow.entities import Param, RunTag
+
+        flat, known = flatten(self._config), run.data.params
+        params = [Param(key, value) for key, value in flat.items() if key not in known]
+        tags = [RunTag(f"resumed_with.{key}", value) for key, value in flat.items() if known.get(key, value) != value]
+        for start in range(0, len(params), 100):
+            client.log_batch(run.info.run_id, params=params[start: start + 100])
+        for start in range(0, len(tags), 100):
+            client.log_batch(run.info.run_id, tags=tags[start: start + 100])
+        client.log_dict(run.info.run_id, dict(self._config), "config.yaml")
+
+    def _send(self) -> None:
+        while self._pending:
+            if self._pending[0]["do"] == "metrics":
+                taken, rows = 0, []
+                while taken < len(self._pending) and len(rows) < BATCH and self._pending[taken]["do"] == "metrics":
+                    rows += self._pending[taken]["rows"]
+                    taken += 1
+                self._send_metrics([row for row in rows if (row[0], row[3]) not in self._seen])
+            else:
+                taken = 1
+                self._send_or_give_up(self._pending[0])
+            with self._changed:
+                for _ in range(taken):
+                    self._pending.popleft()
+                self._written = max(0, self._written - taken)
+        self._file.unlink(missing_ok=True)
+
+    def _send_metrics(self, rows: list[list[Any]]) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(rows), BATCH):
+            self._client.log_batch(self._run_id, metrics=[Metric(*row) for row in rows[start: start + BATCH]])
+
+    def _send_or_give_up(self, record: dict[str, Any]) -> None:
+        """A record that fails though the store answers (a refused value, artifacts out of reach) is dropped."""
+        try:
+            self._send_record(record)
+        except Exception as error:
+            self._client.get_run(self._run_id)  # raises when it is the store that is away: then the record waits
+            self._warn(f"tracking: {record['do']} {record.get('path', '')} was refused "
+                       f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); the run goes on")
+
+    def _send_record(self, record: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
+
+        client, do = self._client, record["do"]
+        if do == "tags":
+            client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
+        elif do == "artifact":
+            path = Path(record["path"])
+            if path.is_dir():
+                client.log_artifacts(self._run_id, str(path), record["folder"] or None)
+            elif path.exists():
+                client.log_artifact(self._run_id, str(path), record["folder"] or None)
+            else:
+                self._warn(f"tracking: {path} is gone and was not uploaded")
+        elif do == "table":
+            known = json.loads(client.get_run(self._run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+            entry = {"path": record["name"], "type": "table"}
+            if entry not in known:
+                client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps([*known, entry]))
+        elif do == "dataset":
+            data = Dataset(record["name"], record["digest"], "local", json.dumps({"uri": record["source"]}),
+                           profile=record["profile"])
+            client.log_inputs(self._run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        else:
+            client.set_terminated(self._run_id, record["status"])
+
+    def _write_unsent(self) -> None:
+        """Append to the file what waits and is not in it; without a disk to write on, memory has to do."""
+        with self._changed:
+            waiting = list(self._pending)[self._written:]
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with open(self._file, "a") as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in waiting))
+            except OSError:
+                return
+            self._written += len(waiting)
+
+
+def _unsent(path: Path, start_step: int) -> list[dict[str, Any]]:
+    """Records of an earlier process that are worth sending: no status, no broken last line, no step made again."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines[:MAX_PENDING]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["do"] == "metrics":
+            record["rows"] = [row for row in record["rows"] if row[3] < start_step]
+        if record["do"] != "status" and record.get("rows") != []:
+            records.append(record)
+    return records

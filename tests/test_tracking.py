@@ -1,0 +1,272 @@
+import json
+import socket
+import threading
+
+import matplotlib
+import pytest
+
+from grpo.config import TrackingSection
+from pipelines.tracking import MetricNames, Tracker, flatten, metric_name, tracking_uri
+
+matplotlib.use("Agg")
+SECTION = TrackingSection(experiment="test")
+
+
+@pytest.fixture(autouse=True)
+def no_uri(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def client(tmp_path):
+    from mlflow import MlflowClient
+
+    return lambda: MlflowClient(tracking_uri=tracking_uri(SECTION, tmp_path))
+
+
+def track(tmp_path, name="run", **options):
+    options.setdefault("flush_s", 0.05)
+    return Tracker(options.pop("section", SECTION), tmp_path / name, name, **options)
+
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def history(client, run_id, key):
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
+
+
+def test_uri_is_absolute_unless_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(SECTION, "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    assert tracking_uri(SECTION, "runs") == "http://server"
+    assert tracking_uri(TrackingSection(uri="http://other"), "runs") == "http://other"
+
+
+@pytest.mark.parametrize("name", ["loss", "reward/p natural", "a-b.c_d/e"])
+def test_good_names_stay(name):
+    assert metric_name(name) == name
+
+
+@pytest.mark.parametrize("name, clean", [("tokens@s", "tokens_s"), ("/a//b/", "a/b"), ("../x", "x"),
+                                         ("k\u00fcrze", "k_rze"), ("a" * 300, "a" * 250),
+                                         ("reward/my_module:score", "reward/my_module_score")])
+def test_bad_names_become_names_that_mlflow_takes(name, clean):
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert metric_name(name) == clean
+    _validate_metric_name(clean)
+
+
+@pytest.mark.parametrize("first, second", [("loss", "loss/policy"), ("loss/policy", "loss"), ("a/b", "a/b/c/d")])
+def test_a_name_that_is_anothers_folder_is_refused(first, second):
+    names = MetricNames()
+    names(first)
+    assert names(first) == first
+    with pytest.raises(ValueError, match=r"is also the folder of .*rename one"):
+        names(second)
+
+
+def test_two_names_that_become_one_are_refused():
+    names = MetricNames()
+    names("a:b")
+    with pytest.raises(ValueError, match="both 'a_b'"):
+        names("a_b")
+    with pytest.raises(ValueError, match="rename"):
+        names("//")
+
+
+def test_config_is_flattened_and_long_values_are_cut():
+    flat = flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "x" * 9000})
+    assert flat == {"a.b": "1", "a.c.d": "[1, 2]", "e": "x" * 497 + "..."}
+
+
+def test_a_run_holds_everything_that_was_logged(tmp_path, client):
+    import matplotlib.pyplot as plt
+
+    figure, _ = plt.subplots()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("w")
+    config = {"grpo": {"group_size": 8, "kl": 0.04}, "note": "y" * 9000}
+    with track(tmp_path, config=config) as tracker:
+        for step in range(300):
+            tracker.log({f"m{k}": step * k for k in range(5)}, step)
+        tracker.tags({"kind": "test"})
+        tracker.artifact(tmp_path / "model", "model")
+        tracker.table("samples", [["a \u2588", 1.5]], ["text", "reward"])
+        tracker.figure("rewards", figure)
+        tracker.dataset("docs", "ab" * 32, "/data/docs", {"tokens": 5})
+        run_id = tracker.run_id
+    run = client().get_run(run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "run"
+    assert run.data.params["grpo.group_size"] == "8" and len(run.data.params["note"]) == 500
+    assert history(client(), run_id, "m3") == [(step, step * 3.0) for step in range(300)]
+    assert run.data.tags["kind"] == "test" and "tables/samples.json" in run.data.tags["mlflow.loggedArtifacts"]
+    names = {f.path for folder in ("", "model", "tables", "figures") for f in client().list_artifacts(run_id, folder)}
+    assert {"config.yaml", "model/weights", "tables/samples.json", "figures/rewards.png"} <= names
+    assert run.inputs.dataset_inputs[0].dataset.digest == ("ab" * 32)[:36]
+    assert (tmp_path / "run" / "figures" / "rewards.png").exists()
+    assert not list((tmp_path / "run").glob("unsent*"))
+
+
+def test_a_resumed_run_continues_without_a_duplicate_or_a_gap(tmp_path, client):
+    first = track(tmp_path, config={"a": 1})
+    for step in range(10):
+        first.log({"loss": 100 - step}, step)
+    run_id = first.run_id
+    first.finish("FAILED")
+    with track(tmp_path, config={"a": 2, "b": 3}, start_step=6) as second:
+        assert second.run_id == run_id
+        assert client().get_run(run_id).info.status == "RUNNING"
+        for step in range(6, 15):
+            second.log({"loss": -step, "new": 1.0}, step)
+    assert [step for step, _ in history(client(), run_id, "loss")] == list(range(15))
+    assert history(client(), run_id, "loss")[9:11] == [(9, 91.0), (10, -10.0)]
+    assert [step for step, _ in history(client(), run_id, "new")] == list(range(6, 15))
+    run = client().get_run(run_id)
+    assert run.data.params == {"a": "1", "b": "3"} and run.data.tags["resumed_with.a"] == "2"
+    assert run.info.status == "FINISHED"
+
+
+def test_rank_zero_attaches_by_run_id_and_leaves_the_run_open(tmp_path, client):
+    with track(tmp_path) as driver:
+        with track(tmp_path, run_id=driver.run_id, writer="rank0") as rank:
+            rank.log({"x": 1}, 0)
+            assert rank.run_id == driver.run_id
+        assert history(client(), driver.run_id, "x") == [(0, 1.0)]
+        assert client().get_run(driver.run_id).info.status == "RUNNING"
+    assert client().get_run(driver.run_id).info.status == "FINISHED"
+
+
+def test_trials_are_nested_and_found_again_under_their_own_parent(tmp_path, client):
+    with track(tmp_path, "sweep") as sweep, track(tmp_path, "other") as other:
+        with track(tmp_path, "trial", parent_run_id=sweep.run_id) as trial:
+            first = trial.run_id
+        with track(tmp_path, "trial", parent_run_id=sweep.run_id) as trial:
+            assert trial.run_id == first
+        with track(tmp_path, "trial", parent_run_id=other.run_id) as trial:
+            assert trial.run_id != first
+        with track(tmp_path, "trial") as alone:
+            assert alone.run_id != first
+        assert client().get_run(first).data.tags["mlflow.parentRunId"] == sweep.run_id
+
+
+@pytest.mark.parametrize("error, status", [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_an_error_sets_the_status_and_passes_through(tmp_path, client, error, status):
+    with pytest.raises(error), track(tmp_path) as tracker:
+        run_id = tracker.run_id
+        raise error
+    assert client().get_run(run_id).info.status == status
+
+
+def test_an_unreachable_server_warns_once_and_its_records_are_sent_on_resume(tmp_path, client):
+    warnings = []
+    section = TrackingSection(uri=f"http://127.0.0.1:{closed_port()}", experiment="test")
+    tracker = track(tmp_path, section=section, warn=warnings.append)
+    for step in range(50):
+        tracker.log({"loss": float(step)}, step)
+    assert tracker.run_id is None and not tracker.flush(10)
+    tracker.finish()
+    assert len(warnings) == 2 and "does not answer" in warnings[0] and "could not be sent" in warnings[1]
+    with open(tmp_path / "run" / "unsent-driver.jsonl", "a") as file:
+        file.write('{"do": "metr')  # cut off by a crash
+    with track(tmp_path, start_step=40) as later:
+        later.log({"loss": -40.0}, 40)
+        run_id = later.run_id
+    assert history(client(), run_id, "loss") == [*((s, float(s)) for s in range(40)), (40, -40.0)]
+    assert not (tmp_path / "run" / "unsent-driver.jsonl").exists()
+
+
+def test_a_store_that_comes_back_gets_what_waited(tmp_path):
+    from mlflow import MlflowClient
+
+    warnings, blocked = [], tmp_path / "store"
+    blocked.write_text("a file where the folder of the database belongs")
+    section = TrackingSection(uri=f"sqlite:///{blocked}/mlflow.db", experiment="test")
+    with track(tmp_path, section=section, warn=warnings.append) as tracker:
+        tracker.log({"x": 0.0}, 0)
+        assert not tracker.flush(60)
+        saved = (tmp_path / "run" / "unsent-driver.jsonl").read_text().splitlines()
+        assert json.loads(saved[0])["rows"][0][0] == "x"
+        blocked.unlink()
+        blocked.mkdir()
+        tracker.log({"x": 1.0}, 1)
+        while not tracker.flush(60):  # the try under way may have begun before the folder was there
+            pass
+        run_id = tracker.run_id
+    assert history(MlflowClient(tracking_uri=section.uri), run_id, "x") == [(0, 0.0), (1, 1.0)]
+    assert ["does not answer" in warnings[0], "is back" in warnings[1], len(warnings)] == [True, True, 2]
+
+
+def test_a_server_that_never_answers_holds_up_nothing(tmp_path):
+    warnings = []
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        section = TrackingSection(uri=f"http://127.0.0.1:{silent.getsockname()[1]}", experiment="test")
+        tracker = track(tmp_path, section=section, warn=warnings.append)
+        silent.accept()  # the request hangs from here on
+        for step in range(1000):
+            tracker.log({"x": 1.0}, step)
+        tracker.finish(timeout_s=0.1)
+    assert len((tmp_path / "run" / "unsent-driver.jsonl").read_text().splitlines()) == 1001  # and the status
+    assert "could not be sent" in warnings[-1]
+
+
+def test_the_wait_for_a_store_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.tracking.MAX_PENDING", 10)
+    warnings = []
+    section = TrackingSection(uri=f"http://127.0.0.1:{closed_port()}", experiment="test")
+    tracker = track(tmp_path, section=section, warn=warnings.append)
+    for step in range(25):
+        tracker.log({"x": 1.0}, step)
+    tracker.finish()
+    assert "16 records were given up" in warnings[-1]  # 15 steps and the status
+    assert len((tmp_path / "run" / "unsent-driver.jsonl").read_text().splitlines()) == 10
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path):
+    warnings = []
+    (tmp_path / "run").write_text("a file where the run's folder belongs")
+    section = TrackingSection(uri=f"http://127.0.0.1:{closed_port()}", experiment="test")
+    tracker = track(tmp_path, section=section, warn=warnings.append)
+    tracker.log({"x": 1.0}, 0)
+    tracker.table("samples", [[1]], ["a"])
+    tracker.finish()
+    assert "was not written" in " ".join(warnings) and "are lost" in warnings[-1]
+
+
+def test_a_refused_record_does_not_block_those_behind_it(tmp_path, client):
+    warnings = []
+    with track(tmp_path, warn=warnings.append) as tracker:
+        tracker.artifact(tmp_path / "gone.txt")
+        tracker.tags({"bad\nkey;*": "x"})
+        tracker.log({"x": 1.0}, 0)
+        run_id = tracker.run_id
+    assert history(client(), run_id, "x") == [(0, 1.0)]
+    assert len(warnings) == 2 and "gone" in warnings[0] and "tags" in warnings[1]
+
+
+def test_processes_that_start_at_once_share_one_experiment(tmp_path, client):
+    gate, ids = threading.Barrier(4), []
+
+    def work(index):
+        gate.wait()
+        with track(tmp_path, f"run{index}") as tracker:
+            tracker.log({"x": index}, 0)
+            while (run_id := tracker.run_id) is None:
+                pass
+            ids.append(run_id)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    runs = [client().get_run(run_id) for run_id in ids]
+    assert len(set(ids)) == 4 and len({run.info.experiment_id for run in runs}) == 1
+    assert all(run.data.metrics == {"x": float(run.info.run_name[-1])} for run in runs)
