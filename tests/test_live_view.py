@@ -9,7 +9,7 @@ from grpo.denoise import denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.tokenizer import build_tokenizer
-from pipelines.live_view import MASK_TEXT, Recorder, legend, render, token_pieces, write_page
+from pipelines.live_view import MASK_TEXT, Frame, Recorder, legend, render, token_pieces, write_page
 
 torch.set_num_threads(1)
 TOKENIZER = build_tokenizer("bytes")
@@ -46,7 +46,7 @@ def test_frames_tell_what_became_of_each_token(recorded):
         frames = recorder.sample(row, texts)
         assert [frame.title for frame in frames[:2]] == ["step 1 of 3, input", "step 1 of 3, filled"]
         assert len(frames) == 7 and frames[0].kinds == "pppp" + "m" * 12
-        for before, filled, after in zip(frames[0::2], frames[1::2], frames[2::2], strict=True):
+        for before, filled, after in zip(frames[:-1:2], frames[1::2], frames[2::2], strict=True):
             for i, (was, kind) in enumerate(zip(before.kinds, filled.kinds, strict=True)):
                 assert (was == "p") == (kind == "p") == (i < 4)
                 assert (kind == "r") == (after.kinds[i] == "m")
@@ -78,6 +78,7 @@ def test_the_terminal_shows_each_token_in_its_kinds_style(recorded):
 def test_the_page_holds_every_frame_and_needs_no_network(recorded, tmp_path):
     recorder, texts = recorded
     samples = [recorder.sample(row, texts) for row in range(3)]
+    samples[2].append(Frame("a text that would end the data", ["</script><!--<script>"], "k", [-1]))
     write_page(tmp_path / "new" / "page.html", samples, "A <b> title", "settings & more")
     page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
@@ -86,4 +87,4 @@ def test_the_page_holds_every_frame_and_needs_no_network(recorded, tmp_path):
     ]
     assert "A &lt;b&gt; title" in page and "settings &amp; more" in page
     assert not re.search(r"https?://|src=|@import|url\(", page)
-    assert page.count("</script>") == 2  # the prompt "</sc" and whatever follows it cannot end the data
+    assert page.count("</script>") == 2
