@@ -238,7 +238,7 @@ class Tracker:
                     self._warn(f"tracking: {self.uri} is back; what waited has been sent")
                 self._failures = 0
             except Exception as error:  # whatever a store does, the run goes on
-                if not self._failures:
+                if not self._failures and not self._closing:  # `finish` has the last word
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                     self._warn(f"tracking: {self.uri} does not answer ({reason}); the run goes on, and keeps its "
                                f"records in {self._file}")
