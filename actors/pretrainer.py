@@ -1,10 +1,15 @@
 """The pretrainer in a process: a whole model, its optimiser and controllers, one optimizer step at a time.
 
+    step = example of each micro-batch -> counts over all of them and all ranks -> losses, backward -> clip, AdamW
+
 1. Distribution is applied from outside: `wrap` makes a module data-parallel, `all_reduce(tensor, op)` reduces over
    ranks. Losses carry global denominators and are multiplied by the number of ranks, because DDP averages.
-2. Parts (trunk with lm head, critic, sampler) are clipped each by itself.
-3. Validation reports a true bound on fixed rows, whatever the objective: the NELBO of a masked model, the exact
+2. Parts (trunk with the mode's own head, critic, sampler) are clipped each by itself.
+3. Nothing but the weights, the optimiser's moments and the controller lasts from one step to the next: noise, dropout
+   and learning rate are functions of the step. What is saved is all that an exact resume needs.
+4. Validation reports a true bound on fixed rows, whatever the objective: the NELBO of a masked model, the exact
    likelihood of a causal one; for the critic, AUROC and calibration on the model's own sampled errors.
+5. A learner of another task (`actors/classifier.py`) has its own `example`, `counts`, `losses` and `validate`.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ from grpo.data import Batch
 from grpo.diffusion_loss import nelbo, next_token_counted, ratio_with_error
 from grpo.mask_bias import MaskBias
 from grpo.metrics import auroc, bits_per_byte, expected_calibration_error, means, merge_sums, pack_sums, unpack_sums
-from grpo.model import GPT, text_logits
+from grpo.model import GPT, MODES, text_logits
 from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
+from grpo.noise import row_seeds
 from grpo.optim import (
     clip_parts,
     cosine_learning_rate,
@@ -37,25 +43,34 @@ from grpo.optim import (
 
 TRAIN_STREAM = 1
 CRITIC_STREAM = 2
+DROPOUT_STREAM = 3
 VALIDATION_SEED = 20_000_003
 NELBO_DRAWS = 4
-VALIDATION_BATCH = 128
+VALIDATION_ROWS = 128
+VALIDATION_LOGITS = 1 << 27
+"""Most rows, and most logits, that a validation holds at once."""
 
 
 class Pretrainer:
     """Trains a language model on natural text. A plain class, driven by a Ray Train worker or by a script."""
+
+    selects = "val_nelbo_nats"
+    """The figure of `validate` that chooses the best checkpoint, smaller being better: the bound and nothing else."""
 
     def __init__(self, model: GPT, config: Config, *, rank: int = 0, world: int = 1,
                  wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
                  all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor, device: str = "cpu") -> None:
         self.model, self.config, self.device = model.to(device), config, device
         self.rank, self.world, self.all_reduce = rank, world, all_reduce
-        heads = {name: head for name, head in model.heads.items() if name != "lm"}
-        self.parts = trainable_parts({"generator": [*model.trunk.parameters(), *model.heads["lm"].parameters()], **heads})
+        own = MODES[model.mode]
+        main = {"generator" if own == "lm" else own: [*model.trunk.parameters(), *model.heads[own].parameters()]}
+        self.parts = trainable_parts(main | {name: head for name, head in model.heads.items() if name != own})
         self.module = wrap(Phase({"model": model}))
         self.optimizer = make_optimizer(self.parts, learning_rate=config.pretrain.learning_rate,
                                         weight_decay=config.pretrain.weight_decay)
         self.mask_bias = MaskBias(config.mask_bias, device)
+        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
+                                       enabled=config.pretrain.dtype == "bfloat16")
 
     def rows(self) -> range:
         """This rank's rows of each batch."""
@@ -64,31 +79,31 @@ class Pretrainer:
 
     def step(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step on this rank's rows; returns metrics as pairs of this rank (see `grpo/metrics.py`)."""
-        settings, now = self.config.pretrain, stage(self.config, step)
+        settings = self.config.pretrain
         self.model.train()
+        if self.config.model.dropout:
+            noise = row_seeds(self.config.run.seed, DROPOUT_STREAM, step, torch.tensor([self.rank]))
+            torch.manual_seed(int(noise))
         batch = batch.to(self.device)
         rows = torch.tensor(self.rows(), device=self.device)
         seeds, times = stratified_rows(self.config.run.seed, TRAIN_STREAM, step, rows, settings.batch_size)
-        parts = []
-        for part in torch.arange(len(rows), device=self.device).chunk(settings.micro_batches):
-            corrupted = corrupt_batch(self.model, self.config, now, batch.tokens[part], batch.attention_mask[part],
-                                      seeds=seeds[part], times=times[part])
-            parts.append((corrupted, seeds[part]))
-        totals = self.all_reduce(sum(counts(self.config, now, corrupted) for corrupted, _ in parts))
+        examples = [self.example(step, batch.tokens[part], batch.attention_mask[part], rows=rows[part],
+                                 seeds=seeds[part], times=times[part])
+                    for part in torch.arange(len(rows), device=self.device).chunk(settings.micro_batches)]
+        totals = self.all_reduce(sum(self.counts(step, example) for example in examples))
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for index, (corrupted, part_seeds) in enumerate(parts):
+        for index, example in enumerate(examples):
 
-            def losses(corrupted: Any = corrupted, part_seeds: Tensor = part_seeds) -> Tensor:
+            def compute(example: Any = example) -> Tensor:
                 nonlocal sums
-                with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                    loss, metrics = multitask_loss(self.model, self.config, now, corrupted, seeds=part_seeds,
-                                                   totals=totals, mask_bias=self.mask_bias.bias)
+                with self.autocast:
+                    loss, metrics = self.losses(step, example, totals)
                 sums = merge_sums(sums, metrics)
                 return loss * self.world
 
-            with accumulating(self.module, index < len(parts) - 1):
-                self.module(losses).backward()
+            with accumulating(self.module, index < len(examples) - 1):
+                self.module(compute).backward()
         norms = clip_parts(self.parts, settings.grad_clip)
         set_learning_rate(self.optimizer, cosine_learning_rate(step, peak=settings.learning_rate,
                                                                warmup=settings.warmup, steps=settings.steps))
@@ -98,11 +113,32 @@ class Pretrainer:
         return sums | {f"grad_norm_{name}": torch.stack([norm.double(), torch.ones_like(norm).double()])
                        for name, norm in norms.items()}
 
+    def example(self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor,
+                times: Tensor) -> Any:
+        """What the model is shown of one micro-batch, without gradients.
+
+        Args:
+            tokens, attention_mask: [B, T].
+            rows: [B] global indices; seeds, times: [B], of `stratified_rows`.
+        """
+        return corrupt_batch(self.model, self.config, stage(self.config, step), tokens, attention_mask, seeds=seeds,
+                             times=times), seeds
+
+    def counts(self, step: int, example: Any) -> Tensor:
+        """[K] denominators of the losses in this micro-batch, summed later over the whole optimizer step."""
+        return counts(self.config, stage(self.config, step), example[0])
+
+    def losses(self, step: int, example: Any, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the total loss, and metrics as pairs."""
+        return multitask_loss(self.model, self.config, stage(self.config, step), example[0], seeds=example[1],
+                              totals=totals, mask_bias=self.mask_bias.bias)
+
     def read(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Means over ranks of accumulated pairs, with the controller's state; the one place that waits for the device."""
+        """Means over ranks of accumulated pairs, and the controller's state; here alone the host waits."""
         values = means(unpack_sums(sums, self.all_reduce(pack_sums(sums))))
-        if not self.model.trunk.causal and self.config.loss.objective == "corrective":
-            values |= {"mask_bias": float(self.mask_bias.bias), "mask_prob_ema": float(self.mask_bias.ema)}
+        if "p_mask_unmask" in sums:
+            values |= {"mask_bias": float(self.mask_bias.bias), "mask_prob_ema": float(self.mask_bias.ema),
+                       "mask_prob_target": self.config.mask_bias.target}
         return values
 
     @torch.no_grad()
@@ -115,7 +151,7 @@ class Pretrainer:
         else:
             nats, error = nelbo(self.model, rows.tokens, attention_mask=rows.attention_mask,
                                 vocabulary=self.model.vocabulary, seed=VALIDATION_SEED, num_draws=NELBO_DRAWS,
-                                batch_size=VALIDATION_BATCH)
+                                batch_size=rows_at_once(self.model, rows))
         figures = {"val_nelbo_nats": float(nats), "val_nelbo_se": float(error),
                    "val_bpb": bits_per_byte(float(nats), bytes_per_token)}
         if "critic" in self.model.heads and stage(self.config, self.config.pretrain.steps).critic_weight:
@@ -131,10 +167,15 @@ class Pretrainer:
         self.mask_bias.load_state_dict(mask_bias)
 
 
+def rows_at_once(model: GPT, rows: Batch) -> int:
+    """Rows whose logits a validation holds at once."""
+    return max(1, min(VALIDATION_ROWS, VALIDATION_LOGITS // (rows.tokens.shape[1] * model.vocabulary.size)))
+
+
 def causal_nll(model: GPT, rows: Batch) -> tuple[Tensor, Tensor]:
     """Mean next-token loss of a causal model over fixed rows, nats per predicted token, and its standard error."""
     nats, num = [], []
-    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(VALIDATION_BATCH):
+    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
         tokens, mask = rows.tokens[part], rows.attention_mask[part]
         logprobs = text_logits(model(tokens, attention_mask=mask), model.vocabulary)[:, :-1].float().log_softmax(-1)
         counted = next_token_counted(mask)
@@ -147,11 +188,13 @@ def causal_nll(model: GPT, rows: Batch) -> tuple[Tensor, Tensor]:
 def critic_quality(model: GPT, rows: Batch) -> dict[str, float]:
     """AUROC and calibration error of the critic on the model's own sampled fills of fixed rows."""
     scores, wrong = [], []
-    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(VALIDATION_BATCH):
+    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
         seeds, times = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, part, len(rows.tokens))
         mask = rows.attention_mask[part]
-        blank = mask_only(rows.tokens[part], vocabulary=model.vocabulary, attention_mask=mask, seeds=seeds, times=times)
-        filled = fill_masks(blank.inputs, model(blank.inputs, attention_mask=mask), vocabulary=model.vocabulary, seeds=seeds)
+        vocabulary = model.vocabulary
+        blank = mask_only(rows.tokens[part], vocabulary=vocabulary, attention_mask=mask, seeds=seeds, times=times)
+        logits = model(blank.inputs, attention_mask=mask)
+        filled = fill_masks(blank.inputs, logits, vocabulary=vocabulary, seeds=seeds)
         scores.append(model.critic_scores(filled, mask)[blank.masked])
         wrong.append((filled != rows.tokens[part])[blank.masked])
     logits, truth = torch.cat(scores), torch.cat(wrong)

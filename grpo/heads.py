@@ -108,8 +108,12 @@ class ScorerHead(nn.Module):
 
     def forward(self, features: Tensor, completion_mask: Tensor) -> Tensor:
         """features [B, T, F], completion_mask [B, T] bool -> [B]."""
+        return torch.sigmoid(self.logits(features, completion_mask))
+
+    def logits(self, features: Tensor, completion_mask: Tensor) -> Tensor:
+        """The same before the sigmoid, for losses: [B]."""
         features = features.to(self.layer.weight.dtype)
-        return torch.sigmoid(self.layer(pool(features, completion_mask, self.pooling)).squeeze(-1))
+        return self.layer(pool(features, completion_mask, self.pooling)).squeeze(-1)
 
 
 class RewardOutput(NamedTuple):

@@ -76,7 +76,7 @@ def corrupt_batch(model: GPT, config: Config, stage: Stage, clean: Tensor, atten
     if share and stage.remask_ratio:
         with torch.no_grad():
             blank = mask_only(clean, **rows)
-            logits = model(blank.inputs, attention_mask=_mask(attention_mask))
+            logits = model(blank.inputs, attention_mask=_visible(config, attention_mask))
             filled = fill_masks(blank.inputs, logits, vocabulary=model.vocabulary, seeds=seeds)
         own = torch.where(blank.masked, filled, model.vocabulary.mask_id)
     return corrupt(clean, **rows, remask_ratio=stage.remask_ratio, own_predictions=own, own_share=share,
@@ -109,7 +109,7 @@ def multitask_loss(model: GPT, config: Config, stage: Stage, corrupted: Corrupte
     Returns:
         The total, and metrics as pairs (see `grpo/metrics.py`).
     """
-    visible = _mask(corrupted.loss_mask)
+    visible = _visible(config, corrupted.loss_mask)
     vocabulary = model.vocabulary
     totals = totals.float()
     frozen = model.trunk.frozen
@@ -148,6 +148,6 @@ def _encode(model: GPT, tokens: Tensor, attention_mask: Tensor | None, frozen: b
         return model.encode(tokens, attention_mask)
 
 
-def _mask(attention_mask: Tensor) -> Tensor | None:
-    """None where nothing is padded, which spares attention its mask."""
-    return None if bool(attention_mask.all()) else attention_mask
+def _visible(config: Config, attention_mask: Tensor) -> Tensor | None:
+    """None in a layout without pads, which spares attention its mask, and the device the question."""
+    return attention_mask if config.data.layout == "documents" else None

@@ -1,0 +1,247 @@
+"""The pretraining loop, as every Ray Train worker runs it: steps, readings, validations, checkpoints, in this order.
+
+1. A run is a function of its config: batches, noise and dropout are drawn from (seed, step), so that a run killed at
+   any step and started again by the same command ends with the same weights, bit for bit (one worker, CPU).
+2. Checkpoints are this file's own, atomic and in the run's folder; Ray Train restarts a dead worker, which goes on from
+   the newest. `ray.train.report` is never called: it blocks until the controller polls.
+3. `best` is chosen by the bound on fixed validation rows, and by nothing else, among the validations at which every
+   head had joined (`critic.end`, `sampler.start`) if the run gets that far.
+4. The device is waited for at readings only (every `log_every` steps, before validations and checkpoints), where a
+   figure that is not finite ends the run before it reaches a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from actors.classifier import SequenceScorer, Teacher, TokenClassifier
+from actors.pretrainer import Pretrainer
+from grpo.checkpoint import (
+    checkpoint_folder,
+    latest_checkpoint,
+    load_checkpoint,
+    load_into,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from grpo.config import Config
+from grpo.config_file import to_dict
+from grpo.data import Cursor, Dataset, open_dataset, windows
+from grpo.metrics import merge_sums
+from grpo.model import GPT
+from pipelines.launch import worker_threads
+from pipelines.tracking import Tracker
+
+KEEP = 2
+"""Checkpoints kept."""
+REPORT_S = 0.3
+"""Seconds between two messages to the board."""
+VALIDATION_WINDOWS_SEED = 1
+SHOWN = ("loss_unmask", "loss_next", "loss_wrong", "loss_scorer", "loss_critic", "p_mask_unmask", "val_nelbo_nats",
+         "val_loss", "tokens_per_s")
+"""Figures of the live line, where a run has them."""
+
+Report = Callable[[int, dict[str, float]], bool]
+"""report(steps done, newest figures) -> whether to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told."""
+
+    config: Config
+    dataset: Path
+    folder: Path
+    board: Any
+    """Handle of the `ProgressBoard` actor."""
+    mlflow_run: str | None
+    """Id of the driver's run; None while the store is away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Data parallelism as the loop sees it: a rank among others, what wraps a module, what reduces a tensor."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor
+    device: str = "cpu"
+
+
+def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on each rank."""
+    import ray.train
+    import ray.train.torch
+
+    job: Job = settings["job"]
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if device.type == "cpu":
+        torch.set_num_threads(worker_threads(job.config.run.threads, context.get_local_world_size()))
+    ranks = Ranks(rank=rank, device=str(device))
+    if world > 1:
+        ranks = Ranks(rank=rank, world=world, wrap=data_parallel, all_reduce=all_reduce, device=str(device))
+    try:
+        if rank > 0:
+            return train(job, ranks, lambda done, figures: False, lambda figures, step: None)
+        start = newest_step(job.folder)
+        with Tracker(job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
+                     start_step=start + 1) as tracker:
+            return train(job, ranks, _reporter(job.board, job.config.pretrain.steps), tracker.log)
+    except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
+        return {"error": str(error)}
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """DDP that lets heads which have not joined yet go without gradients."""
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+
+
+def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
+    """Reduce over the ranks, in place."""
+    dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return tensor
+
+
+def _reporter(board: Any, total: int) -> Report:
+    """Tell the board about a step, at most every `REPORT_S`, and learn whether somebody wants to stop."""
+    import ray
+
+    last, answer, stop = 0.0, None, False
+
+    def report(done: int, figures: dict[str, float]) -> bool:
+        nonlocal last, answer, stop
+        if answer is not None and ray.wait([answer], timeout=0)[0]:
+            stop, answer = stop or ray.get(answer, timeout=30), None
+        if done == total or (answer is None and time.monotonic() - last > REPORT_S):
+            shown = {name: figures[name] for name in SHOWN if name in figures}
+            last, answer = time.monotonic(), board.report.remote("pretrain", done, total, shown)
+        return stop
+
+    return report
+
+
+def make_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> Pretrainer:
+    """The learner of `pretrain.mode`, with fresh weights that are the same on every rank."""
+    settings = config.pretrain
+    torch.manual_seed(config.run.seed)
+    model = GPT(config.model, dataset.vocabulary, mode=settings.mode, block_size=config.data.block_size,
+                reward=config.reward)
+    if settings.mode == "generator":
+        return Pretrainer(model, config, **vars(ranks))
+    teacher = Teacher(settings.teacher, dataset.tokenizer, ranks.device)
+    learner = {"token_classifier": TokenClassifier, "sequence_scorer": SequenceScorer}[settings.mode]
+    return learner(model, config, teacher, **vars(ranks))
+
+
+def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:
+    """Train from the newest checkpoint to the last step, or until `report` says stop.
+
+    Returns:
+        The figures of the summary, or {"stopped": step}.
+    """
+    config, settings, block_size = job.config, job.config.pretrain, job.config.data.block_size
+    dataset = open_dataset(job.dataset)
+    trainer = make_trainer(config, dataset, ranks)
+    cursor = Cursor(dataset, "train", settings.batch_size, block_size, config.run.seed)
+    rows = windows(dataset, "validation", settings.eval_rows, block_size, VALIDATION_WINDOWS_SEED)
+    state = _resume(job.folder, trainer)
+    step, sums, figures = state["step"], {}, {}
+    last_read, mark = step, time.monotonic()
+
+    def save(folder: Path, **more: Any) -> None:
+        save_checkpoint(folder, trainer.model, config=to_dict(config), tokenizer=dataset.tokenizer,
+                        state={**state, "step": step, "mask_bias": trainer.mask_bias.state_dict(), **more})
+
+    def save_to_resume() -> None:
+        if ranks.rank == 0:
+            save(checkpoint_folder(job.folder / "checkpoints", step), optimizer=trainer.tensors())
+            prune_checkpoints(job.folder / "checkpoints", KEEP)
+
+    while step < settings.steps:
+        if _all_stop(report(step, figures), ranks, step % settings.log_every == 0):
+            save_to_resume()
+            return {"stopped": step}
+        sums = merge_sums(sums, trainer.step(step, cursor.batch(step, rows=trainer.rows())))
+        step += 1
+        ends = step == settings.steps
+        validates, saves = step % settings.eval_every == 0 or ends, step % settings.checkpoint_every == 0 or ends
+        if not (step % settings.log_every == 0 or validates or saves):
+            continue
+        figures = _finite(trainer.read(sums), last_read, step)
+        seconds = time.monotonic() - mark
+        state["trained_s"] += seconds
+        figures |= {"tokens_per_s": (step - last_read) * settings.batch_size * block_size / seconds,
+                    "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
+        if validates and ranks.rank == 0:
+            state["last"] = trainer.validate(rows, dataset.bytes_per_token("validation"))
+            figures |= state["last"]
+            candidate = {"full": step >= _all_joined(config, trainer), "step": step, **state["last"]}
+            if _better(candidate, state["best"], trainer.selects):
+                state["best"] = candidate
+                save(job.folder / "best")
+        log(figures, step)
+        if saves:
+            save_to_resume()
+        sums, last_read, mark = {}, step, time.monotonic()
+    report(step, figures)
+    return {"params": sum(p.numel() for p in trainer.model.parameters()), "steps": step,
+            "tokens_per_s": step * settings.batch_size * block_size / max(state["trained_s"], 1e-9),
+            "train_s": state["trained_s"], "best_step": state["best"].get("step"),
+            **{name: value for name, value in state["best"].items() if name not in ("full", "step")},
+            **{f"last_{name}": value for name, value in state["last"].items()}}
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest whole checkpoint of a run; 0 without one."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    return 0 if newest is None else int(newest.name.rpartition("-")[2])
+
+
+def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:
+    """Load the newest checkpoint, if there is one; returns the loop's state."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        return {"step": 0, "trained_s": 0.0, "last": {}, "best": {}}
+    checkpoint = load_checkpoint(newest)
+    load_into(trainer.model, checkpoint.tensors)
+    state = dict(checkpoint.state)
+    trainer.load(state.pop("optimizer"), state.pop("mask_bias"))
+    return state
+
+
+def _all_stop(stop: bool, ranks: Ranks, meeting: bool) -> bool:
+    """Whether to leave now. All ranks must leave after the same step, so they ask each other, but only at meetings."""
+    if ranks.world == 1:
+        return stop
+    return meeting and bool(ranks.all_reduce(torch.tensor(float(stop), device=ranks.device), "max"))
+
+
+def _finite(figures: dict[str, float], first: int, last: int) -> dict[str, float]:
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} became {value} within steps {first + 1} to {last}: lower pretrain.learning_rate "
+                             "and choose another run.name; the last good checkpoint is kept")
+    return figures
+
+
+def _all_joined(config: Config, trainer: Pretrainer) -> int:
+    """The step from which every head trains at full weight, or the last one."""
+    heads = trainer.model.heads
+    joined = max(config.critic.end if "critic" in heads else 0, config.sampler.start if "sampler" in heads else 0)
+    return min(joined, config.pretrain.steps)
+
+
+def _better(candidate: dict[str, Any], best: dict[str, Any], figure: str) -> bool:
+    """A validation with every head in it beats one without; then the lower figure does."""
+    return not best or (not candidate["full"], candidate[figure]) < (not best["full"], best[figure])
