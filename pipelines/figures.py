@@ -1,7 +1,7 @@
 """Figures of a run, from series by metric name; drawn without a display.
 
 1. Small multiples share the round axis and never a second y axis: reward beside discriminator accuracy, KL beside
-   entropy, the mask bias above p(MASK) and its target, and seconds by phase as stacked areas.
+   entropy, the mask bias beside p(MASK), seconds by phase as stacked areas. Dashed lines are what a controller aims at.
 2. A metric that a run did not log leaves its line out; a panel without any line says so.
 """
 
@@ -12,67 +12,73 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Series = tuple[Sequence[float], Sequence[float]]
 """Steps and values of one metric."""
 
-LINES: dict[str, dict[str, str]] = {
-    "reward": {"reward/mean": "mean reward"},
-    "discriminator accuracy (held out)": {"reward/accuracy": "accuracy", "reward/band_low": "band",
-                                          "reward/band_high": "band, upper"},
-    "KL to the base, nats per action": {"kl": "KL"},
-    "entropy, nats": {"entropy": "entropy"},
-    "mask bias": {"mask_bias/bias": "bias"},
-    "p(MASK)": {"mask_bias/signal": "p(MASK), average", "mask_bias/target": "target"},
+PANELS = {
+    "reward": "reward",
+    "reward_accuracy": "discriminator accuracy, held out",
+    "kl": "KL to the base, nats per action",
+    "entropy": "entropy, nats per action",
+    "mask_bias": "mask bias",
+    "p_mask_unmask": "p(MASK) at masked positions",
 }
-"""Panels in reading order: title, then metric name and legend."""
-BOUNDS = {"reward/band_low", "reward/band_high", "mask_bias/target"}
+"""Metric and title of each panel, in reading order."""
 SECONDS = "seconds/"
 """Prefix of the metrics that say how long each phase of a round took."""
 
 
-def grpo_figure(history: Mapping[str, Series], lines: Mapping[str, Mapping[str, str]] = LINES) -> Figure:
+def series(history: Sequence[Mapping[str, float]]) -> dict[str, Series]:
+    """Series by metric name from one mapping per round, each with its `step`; a metric may be absent from some."""
+    names = dict.fromkeys(name for row in history for name in row if name != "step")
+    return {name: ([row["step"] for row in history if name in row], [row[name] for row in history if name in row])
+            for name in names}
+
+
+def grpo_figure(history: Mapping[str, Series], *, targets: Mapping[str, Sequence[float]] | None = None) -> Figure:
     """A GRPO run at a glance: small multiples over rounds, and seconds by phase.
 
     Args:
-        history: steps and values by metric name; extra ones are ignored.
-        lines: panels, as in `LINES`.
+        history: steps and values by metric name; those not in `PANELS` and not `seconds/...` are ignored.
+        targets: dashed levels by metric name, such as the accuracy's band and the target of p(MASK).
     """
-    panels = len(lines) + 1
-    rows = (panels + 1) // 2
-    figure = Figure(figsize=(10, 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(10, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 2, sharex=True, squeeze=False).flatten()
-    for axis, (title, names) in zip(axes, lines.items(), strict=False):
-        drawn = [name for name in names if len(history.get(name, ((), ()))[0])]
-        for name in drawn:
-            bound = {"color": "0.5", "linestyle": "--"} if name in BOUNDS else {"linewidth": 1.5}
-            axis.plot(*history[name], label=names[name], **bound)
-        _finish(axis, title, len(drawn))
-    _phases(axes[panels - 1], history)
-    for axis in axes[panels:]:
-        axis.set_visible(False)
-    for axis in axes[max(0, panels - 2): panels]:
-        axis.set_xlabel("round")
-        axis.tick_params(labelbottom=True)
+    grid = figure.add_gridspec(4, 2)
+    first = None
+    for index, (name, title) in enumerate(PANELS.items()):
+        axis = figure.add_subplot(grid[index // 2, index % 2], sharex=first)
+        first = first or axis
+        logged = name in history and len(history[name][0]) > 0
+        if logged:
+            axis.plot(*history[name], linewidth=1.5)
+        for level in (targets or {}).get(name, ()):
+            axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
+        _finish(axis, title, logged)
+        axis.tick_params(labelbottom=False)
+    _phases(figure.add_subplot(grid[3, :], sharex=first), history)
     return figure
 
 
 def _phases(axis: Any, history: Mapping[str, Series]) -> None:
-    """Stacked seconds by phase, at the steps at which every phase was timed."""
-    timed = {name.removeprefix(SECONDS): dict(zip(*series, strict=True))
-             for name, series in history.items() if name.startswith(SECONDS)}
-    steps = sorted(set.intersection(*map(set, timed.values()))) if timed else []
+    """Stacked seconds by phase; a phase that a round did without took no time."""
+    timed = {name.removeprefix(SECONDS): dict(zip(*values, strict=True))
+             for name, values in history.items() if name.startswith(SECONDS)}
+    steps = sorted(set().union(*timed.values()))
     if steps:
-        axis.stackplot(steps, [[values[step] for step in steps] for values in timed.values()], labels=list(timed))
-    _finish(axis, "seconds by phase", len(timed) if steps else 0)
+        seconds = [[taken.get(step, 0.0) for step in steps] for taken in timed.values()]
+        axis.stackplot(steps, seconds, labels=list(timed))
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _finish(axis, "seconds by phase", bool(steps))
+    axis.set_xlabel("round")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _finish(axis: Any, title: str, num_lines: int) -> None:
+def _finish(axis: Any, title: str, logged: bool) -> None:
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    if num_lines == 0:
+    if not logged:
         axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", va="center", color="0.5")
-    if num_lines > 1:
-        axis.legend(fontsize=8, frameon=False)

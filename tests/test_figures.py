@@ -1,33 +1,41 @@
-from pipelines.figures import grpo_figure
+from pipelines.figures import PANELS, grpo_figure, series
 
 
-def history(rounds=20):
-    steps = list(range(rounds))
-    names = ["reward/mean", "reward/accuracy", "reward/band_low", "reward/band_high", "kl", "entropy",
-             "mask_bias/bias", "mask_bias/signal", "mask_bias/target", "seconds/rollout", "seconds/generator"]
-    return {name: (steps, [index + 0.01 * step for step in steps]) for index, name in enumerate(names)}
+def rounds(num=20):
+    rows = [{"step": step, **{name: index + 0.01 * step for index, name in enumerate(PANELS)}, "seconds/rollout": 2.0}
+            for step in range(1, num + 1)]
+    for row in rows[4:]:
+        row["seconds/generator"] = 3.0
+    return rows
 
 
-def visible(figure):
-    return {axis.get_title(loc="left"): axis for axis in figure.axes if axis.get_visible()}
+def titles(figure):
+    return {axis.get_title(loc="left"): axis for axis in figure.axes}
 
 
-def test_every_panel_draws_the_series_it_is_named_for(tmp_path):
-    figure = grpo_figure(history())
-    axes = visible(figure)
-    assert len(axes) == 7
-    assert axes["KL to the base, nats per action"].lines[0].get_ydata()[10] == 4.1
-    assert [line.get_label() for line in axes["p(MASK)"].lines] == ["p(MASK), average", "target"]
-    assert len(axes["seconds by phase"].collections) == 2
+def test_series_follow_each_metric_over_the_rounds_that_have_it():
+    found = series([{"step": 1, "a": 5.0}, {"step": 2, "a": 6.0, "b": 7.0}])
+    assert found == {"a": ([1, 2], [5.0, 6.0]), "b": ([2], [7.0])}
+
+
+def test_every_panel_draws_the_metric_it_is_named_for(tmp_path):
+    figure = grpo_figure(series(rounds()), targets={"reward_accuracy": (0.6, 0.8), "p_mask_unmask": (0.5,)})
+    axes = titles(figure)
+    assert set(axes) == {*PANELS.values(), "seconds by phase"}
+    assert list(axes[PANELS["kl"]].lines[0].get_ydata())[9] == 2.1
+    assert [line.get_ydata()[0] for line in axes[PANELS["reward_accuracy"]].lines[1:]] == [0.6, 0.8]
     figure.savefig(tmp_path / "run.png")
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
-def test_missing_series_are_said_to_be_missing():
-    axes = visible(grpo_figure({"kl": ([0, 1], [0.0, 0.1]), "seconds/a": ([0, 1], [1, 1]), "seconds/b": ([1], [2])}))
-    silent = {title for title, axis in axes.items() if any(t.get_text() == "not logged" for t in axis.texts)}
-    assert silent == set(axes) - {"KL to the base, nats per action", "seconds by phase"}
+def test_a_phase_that_a_round_did_without_takes_no_time():
+    areas = titles(grpo_figure(series(rounds(6))))["seconds by phase"].collections
+    tops = [max(y for x, y in area.get_paths()[0].vertices if x == step) for area in areas for step in (1, 6)]
+    assert tops == [2.0, 2.0, 2.0, 5.0]
 
 
-def test_nothing_logged_still_gives_a_figure(tmp_path):
+def test_missing_series_are_said_to_be_missing(tmp_path):
+    figure = grpo_figure({"kl": ([0, 1], [0.0, 0.1]), "seconds/a": ([0, 1], [1, 1])})
+    silent = {title for title, axis in titles(figure).items() if any(t.get_text() == "not logged" for t in axis.texts)}
+    assert silent == {*PANELS.values()} - {PANELS["kl"]}
     grpo_figure({}).savefig(tmp_path / "empty.png")
