@@ -192,7 +192,7 @@ class Tracker:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=min(5.0, timeout_s))  # it may hang in a request; it is a daemon
         if not stored:
             self._write_unsent()
             kept = f"are in {self._file} and are sent when this run is resumed"

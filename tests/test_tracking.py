@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 import threading
 
@@ -12,9 +13,20 @@ matplotlib.use("Agg")
 SECTION = TrackingSection(experiment="test")
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """A store whose tables are made: copying it is quicker than MLflow's migrations."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture(autouse=True)
-def no_uri(monkeypatch):
+def store(empty_store, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
 
 
 @pytest.fixture
@@ -254,6 +266,7 @@ def test_a_refused_record_does_not_block_those_behind_it(tmp_path, client):
 
 def test_processes_that_start_at_once_share_one_experiment(tmp_path, client):
     gate, ids = threading.Barrier(4), []
+    (tmp_path / "mlflow.db").unlink()  # they make the tables, too
 
     def work(index):
         gate.wait()
