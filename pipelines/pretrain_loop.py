@@ -151,13 +151,14 @@ def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float
         The figures of the summary, or {"stopped": step}.
     """
     config, settings, block_size = job.config, job.config.pretrain, job.config.data.block_size
+    num_tokens = settings.batch_size * block_size
     dataset = open_dataset(job.dataset)
     trainer = make_trainer(config, dataset, ranks)
     cursor = Cursor(dataset, "train", settings.batch_size, block_size, config.run.seed)
     rows = windows(dataset, "validation", settings.eval_rows, block_size, VALIDATION_WINDOWS_SEED)
     state = _resume(job.folder, trainer)
-    step, sums, figures = state["step"], {}, {}
-    last_read, mark = step, time.monotonic()
+    step, read_at, sums, figures = state["step"], state.pop("read_at"), state.pop("sums"), {}
+    mark = time.monotonic()
 
     def save(folder: Path, **more: Any) -> None:
         save_checkpoint(folder, trainer.model, config=to_dict(config), tokenizer=dataset.tokenizer,
@@ -165,11 +166,15 @@ def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float
 
     def save_to_resume() -> None:
         if ranks.rank == 0:
-            save(checkpoint_folder(job.folder / "checkpoints", step), optimizer=trainer.tensors())
+            save(checkpoint_folder(job.folder / "checkpoints", step), optimizer=trainer.tensors(), sums=sums,
+                 read_at=read_at)
             prune_checkpoints(job.folder / "checkpoints", KEEP)
 
     while step < settings.steps:
         if _all_stop(report(step, figures), ranks, step % settings.log_every == 0):
+            if sums:
+                _finite(trainer.read(sums), read_at, step)
+            state["trained_s"] += time.monotonic() - mark
             save_to_resume()
             return {"stopped": step}
         sums = merge_sums(sums, trainer.step(step, cursor.batch(step, rows=trainer.rows())))
@@ -178,10 +183,10 @@ def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float
         validates, saves = step % settings.eval_every == 0 or ends, step % settings.checkpoint_every == 0 or ends
         if not (step % settings.log_every == 0 or validates or saves):
             continue
-        figures = _finite(trainer.read(sums), last_read, step)
+        figures = _finite(trainer.read(sums), read_at, step)
         seconds = time.monotonic() - mark
         state["trained_s"] += seconds
-        figures |= {"tokens_per_s": (step - last_read) * settings.batch_size * block_size / seconds,
+        figures |= {"tokens_per_s": (step - max(read_at, state["step"])) * num_tokens / seconds,
                     "learning_rate": trainer.optimizer.param_groups[0]["lr"]}
         if validates and ranks.rank == 0:
             state["last"] = trainer.validate(rows, dataset.bytes_per_token("validation"))
@@ -191,12 +196,13 @@ def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float
                 state["best"] = candidate
                 save(job.folder / "best")
         log(figures, step)
+        sums, read_at = {}, step
         if saves:
             save_to_resume()
-        sums, last_read, mark = {}, step, time.monotonic()
+        mark = time.monotonic()
     report(step, figures)
     return {"params": sum(p.numel() for p in trainer.model.parameters()), "steps": step,
-            "tokens_per_s": step * settings.batch_size * block_size / max(state["trained_s"], 1e-9),
+            "tokens_per_s": step * num_tokens / max(state["trained_s"], 1e-9),
             "train_s": state["trained_s"], "best_step": state["best"].get("step"),
             **{name: value for name, value in state["best"].items() if name not in ("full", "step")},
             **{f"last_{name}": value for name, value in state["last"].items()}}
@@ -212,7 +218,7 @@ def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:
     """Load the newest checkpoint, if there is one; returns the loop's state."""
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
-        return {"step": 0, "trained_s": 0.0, "last": {}, "best": {}}
+        return {"step": 0, "read_at": 0, "sums": {}, "trained_s": 0.0, "last": {}, "best": {}}
     checkpoint = load_checkpoint(newest)
     load_into(trainer.model, checkpoint.tensors)
     state = dict(checkpoint.state)
