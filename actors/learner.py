@@ -41,7 +41,7 @@ from grpo.policy_loss import (
     group_advantages,
     likelihood_ratios,
 )
-from grpo.reward_loss import dense_rewards, discriminator_loss, log_odds, reward_steps
+from grpo.reward_loss import dense_rewards, discriminator_loss, entropy_coefficient, log_odds, reward_steps
 from grpo.trajectory import Rollout, policy_log_probs
 
 ANCHOR_STREAM = 21
@@ -89,6 +89,8 @@ class Learner:
         self.mask_bias = MaskBias(config.mask_bias, device)
         self.buffer: deque[Texts] = deque(maxlen=config.reward.replay_rounds + 1)
         self.num_reward_steps = config.reward.max_steps
+        self.entropy_target: float | None = None
+        self.entropy_weight = 0.0
         self.version = 0
 
     # ---- what the actors need -------------------------------------------------------------------------------------
@@ -185,7 +187,11 @@ class Learner:
             self.optimizer.step()
         self.version += 1
         metrics = self._means(sums)
+        if grpo.entropy:
+            self.entropy_target = self.entropy_target or grpo.entropy * metrics["entropy"]
+            self.entropy_weight = entropy_coefficient(self.entropy_weight, metrics["entropy"], self.entropy_target)
         return metrics | {
+            "entropy_weight": self.entropy_weight,
             "ratio_max": float(self.all_reduce(ratio_max, "max")), "learning_rate": grpo.learning_rate, "mask_bias": self.bias,
             "completion_length": float(rollouts[0].completion_mask.sum(-1).float().mean()),
             **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()},
@@ -254,7 +260,8 @@ class Learner:
 
     def numbers(self) -> dict[str, Any]:
         return {"version": self.version, "num_reward_steps": self.num_reward_steps,
-                "mask_bias": self.mask_bias.state_dict()}
+                "mask_bias": self.mask_bias.state_dict(),
+                "entropy_target": self.entropy_target, "entropy_weight": self.entropy_weight}
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Continue from `tensors`, `texts` and `numbers`."""
@@ -266,6 +273,7 @@ class Learner:
         load_flat_state(self.reward_optimizer, take("reward_optimizer."))
         self.version, self.num_reward_steps = numbers["version"], numbers["num_reward_steps"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
+        self.entropy_target, self.entropy_weight = numbers["entropy_target"], numbers["entropy_weight"]
         prompt = self.config.grpo.prompt_tokens
         self.buffer.clear()
         for round in sorted(int(name.partition(".")[2]) for name in texts if name.startswith("tokens.")):
@@ -282,7 +290,8 @@ class Learner:
         for rollout, score in zip(rollouts, scores, strict=True):
             size, mask = rollout.group_size, rollout.completion_mask
             logits, token_logits = score.logits.to(self.device), score.token_logits.to(self.device)
-            rewards = dense_rewards(logits, token_logits, mask, credit=grpo.credit, signal=self.config.reward.signal)
+            rewards = dense_rewards(logits, token_logits, mask, credit=grpo.credit, signal=self.config.reward.signal,
+                                    window=grpo.credit_window)
             grouped, group_mask = rewards.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size))
             advantage = group_advantages(grouped, mask=group_mask, normalize=grpo.normalize)
             advantages.append(advantage.flatten(0, 1))
@@ -313,8 +322,10 @@ class Learner:
         with torch.no_grad():
             log_reference = policy_log_probs(self.reference, rollout)
         kl = exact_kl(log_policy, log_reference)
-        metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(entropy(log_policy), weights)}
-        return loss + grpo.kl * (weights * kl).sum(), metrics, ratios.detach().max()
+        spread = entropy(log_policy)
+        metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, weights)}
+        loss = loss + (weights * (grpo.kl * kl - self.entropy_weight * spread)).sum()
+        return loss, metrics, ratios.detach().max()
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The multi-task loss on natural text with the mask-bias controller, heads only (DESIGN 9)."""

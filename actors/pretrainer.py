@@ -146,14 +146,7 @@ class Pretrainer:
         """The bound on fixed rows, nats per token and bits per byte, with its standard error; the critic's AUROC."""
         self.model.eval()
         rows = rows.to(self.device)
-        if self.model.trunk.causal:
-            nats, error = causal_nll(self.model, rows)
-        else:
-            nats, error = nelbo(self.model, rows.tokens, attention_mask=rows.attention_mask,
-                                vocabulary=self.model.vocabulary, seed=VALIDATION_SEED, num_draws=NELBO_DRAWS,
-                                batch_size=rows_at_once(self.model, rows))
-        figures = {"val_nelbo_nats": float(nats), "val_nelbo_se": float(error),
-                   "val_bpb": bits_per_byte(float(nats), bytes_per_token)}
+        figures = validation_bound(self.model, rows, bytes_per_token)
         if "critic" in self.model.heads and stage(self.config, self.config.pretrain.steps).critic_weight:
             figures |= critic_quality(self.model, rows)
         return figures
@@ -170,6 +163,18 @@ class Pretrainer:
 def rows_at_once(model: GPT, rows: Batch) -> int:
     """Rows whose logits a validation holds at once."""
     return max(1, min(VALIDATION_ROWS, VALIDATION_LOGITS // (rows.tokens.shape[1] * model.vocabulary.size)))
+
+
+@torch.no_grad()
+def validation_bound(model: GPT, rows: Batch, bytes_per_token: float) -> dict[str, float]:
+    """NELBO (causal: exact negative log-likelihood) of fixed rows, nats per token, its error, and bits per byte."""
+    if model.trunk.causal:
+        nats, error = causal_nll(model, rows)
+    else:
+        nats, error = nelbo(model, rows.tokens, attention_mask=rows.attention_mask, vocabulary=model.vocabulary,
+                            seed=VALIDATION_SEED, num_draws=NELBO_DRAWS, batch_size=rows_at_once(model, rows))
+    return {"val_nelbo_nats": float(nats), "val_nelbo_se": float(error),
+            "val_bpb": bits_per_byte(float(nats), bytes_per_token)}
 
 
 def causal_nll(model: GPT, rows: Batch) -> tuple[Tensor, Tensor]:

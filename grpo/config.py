@@ -31,6 +31,8 @@ class RunSection:
     """Folder that holds one folder per run. Relative to the current directory."""
     cache: str = "~/.cache/grpo-diffusion"
     """Folder of prepared data, base models and judges, each named by the hash of what made it."""
+    timeout_s: float = 900.0
+    """Seconds after which a wait for actors or other ranks becomes an error that names the phase."""
     threads: int = 0
     """Torch threads per worker process; 0: the cores of this machine divided by the workers."""
 
@@ -310,8 +312,14 @@ class GrpoSection:
     """Passes over each round's rollouts."""
     normalize: bool = True
     """Divide advantages by the group's standard deviation (false: Dr. GRPO)."""
-    credit: str = "both"
-    """`sequence`: P(natural) of the text; `token`: the discriminator's own-token logits; `both`: own token plus mean."""
+    credit: str = "window"
+    """What a token earns: `sequence`: the pooled signal of its text; `token`: its own signal; `both`: its own plus the
+    text's mean; `window`: the mean signal within `credit_window` tokens of it."""
+    credit_window: int = 2
+    """Reach of credit `window`, tokens on each side: how far a token can make its neighbours implausible."""
+    entropy: float = 1.0
+    """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control. Without it
+    the cheapest way to please a discriminator is a lower temperature."""
     policy_tokens: str = "auto"
     """Proposals that are credited: `all`, `kept`, or `auto` (kept when the remasker ignores proposals)."""
     residual: int = 256
@@ -334,11 +342,11 @@ class GrpoSection:
             _check(getattr(self, name) >= 1, f"grpo.{name}", "at least 1", getattr(self, name))
         _check(self.group_size >= 2, "grpo.group_size", "at least 2 (advantages are relative to the group)", self.group_size)
         _one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
-        _one_of("grpo.credit", self.credit, ("sequence", "token", "both"))
+        _one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         _one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
         _check(0 < self.epsilon_low < 1, "grpo.epsilon_low", "between 0 and 1", self.epsilon_low)
         _check(self.epsilon_high > 0, "grpo.epsilon_high", "positive", self.epsilon_high)
-        for name in ("kl", "anchor", "evaluate_every", "residual"):
+        for name in ("kl", "anchor", "entropy", "credit_window", "evaluate_every", "residual"):
             _check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
         _check(self.learning_rate > 0, "grpo.learning_rate", "positive", self.learning_rate)
         _check(self.rollout_actors % self.num_workers == 0, "grpo.rollout_actors", f"a multiple of grpo.num_workers ({self.num_workers})", self.rollout_actors)

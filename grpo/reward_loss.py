@@ -74,14 +74,16 @@ def discriminator_loss(logits: Tensor, token_logits: Tensor, natural: Tensor, co
     return total, metrics
 
 
-def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor, *, credit: str, signal: str) -> Tensor:
+def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor, *, credit: str, signal: str,
+                  window: int = 0) -> Tensor:
     """What each completion token earns.
 
     Args:
         logits: [B, 2] pooled; token_logits: [B, T]; completion_mask: [B, T] bool.
         credit: `sequence`: the pooled signal at every token. `token`: the token's own signal. `both`: the token's own
-            signal plus the text's mean over tokens.
+            signal plus the text's mean over tokens. `window`: the mean signal of completion tokens within reach.
         signal: `log_odds`, or `probability` P(natural).
+        window: reach of credit `window`, tokens on each side.
 
     Returns:
         [B, T], zero outside completions.
@@ -94,7 +96,22 @@ def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor,
         if credit == "both":
             mean = (rewards * completion_mask).sum(-1, keepdim=True) / completion_mask.sum(-1, keepdim=True).clamp(min=1)
             rewards = rewards + mean
+        elif credit == "window":
+            sums, counts = (F.avg_pool1d(x[:, None], 2 * window + 1, stride=1, padding=window)[:, 0]
+                            for x in (rewards * completion_mask, completion_mask.to(rewards.dtype)))
+            rewards = sums / counts.clamp(min=1e-6)
     return rewards * completion_mask
+
+
+def entropy_coefficient(current: float, entropy: float, target: float, *, gain: float = 0.1) -> float:
+    """Weight of the entropy bonus: an integral controller that holds the policy's entropy at a target.
+
+    Args:
+        current: the coefficient now; 0 or more.
+        entropy, target: nats per action.
+        gain: change of the coefficient per relative error and round.
+    """
+    return max(0.0, current + gain * (target - entropy) / target)
 
 
 def reward_steps(current: int, accuracy: float, *, band_low: float, band_high: float, min_steps: int,

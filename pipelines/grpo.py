@@ -1,0 +1,211 @@
+"""Adversarial GRPO: make a generator's text harder to tell from natural text, over a frozen trunk, on Ray.
+
+    python pipelines/grpo.py --config configs/tiny.yaml run.name=first grpo.rounds=100
+
+    runs/NAME/config.yaml      the resolved config       runs/NAME/final/         the trained generator
+    runs/NAME/summary.json     figures, when it is done  runs/NAME/checkpoints/   the last ones, to go on from
+
+1. Base model (given, or pretrained first and cached) -> trunk published once -> generator and reward actors -> rounds
+   in one long-lived Ray Train loop (`pipelines/rounds.py`) -> measured before and after by what was never a reward.
+2. The final model is compared with its base, and with its base at the temperature that gives the final model's token
+   entropy: a knob must not explain the gain.
+3. The same command with the same `run.name` goes on after whatever ended the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_here = Path(__file__).resolve().parent
+if __name__ == "__main__":  # `python pipelines/grpo.py` puts pipelines/ first, where this script hides the package
+    sys.path[:] = [str(_here.parent)] + [p for p in sys.path if Path(p or ".").resolve() != _here]
+
+# ruff: noqa: E402
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from actors.generator import Generator
+from actors.reward import Reward
+from actors.trunk_store import Blueprint, publish, to_arrays
+from grpo.checkpoint import load_checkpoint, load_model
+from grpo.config import Config
+from grpo.config_file import config_hash, save_config, to_dict
+from grpo.data import open_dataset
+from grpo.model import GPT
+from grpo.remasking import resolve_policy
+from grpo.trajectory import credited_tokens
+from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
+from pipelines.figures import grpo_figure
+from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.prepare import prepare
+from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, _alone as alone, pretrain, _write_json as write_json
+from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals
+from pipelines.ranks import beside_main_thread
+from pipelines.rounds import Job, newest_round, worker_loop
+from pipelines.sample import find_checkpoint
+from pipelines.tracking import Tracker, tracking_uri
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """What a run starts from."""
+
+    dataset: Path
+    base: Path
+    judge: Path
+
+
+def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    started = time.monotonic()
+    name = config.run.name or f"grpo-{config_hash(config)}"
+    folder = Path(config.run.output).absolute() / name
+    config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
+    with alone(folder), Display() as display:
+        paths, config = _prepare(config, display)
+        save_config(config, folder / "config.yaml")
+        meta = open_dataset(paths.dataset).meta
+        with Tracker(config.tracking, folder, name, config=to_dict(config), start_step=newest_round(folder) + 1) as tracker:
+            tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
+            history, rows = _train_and_measure(config, paths, folder, tracker, display)
+            summary = {
+                "wall_s": time.monotonic() - started, "rounds": config.grpo.rounds, "seed": config.run.seed,
+                **{row: {key: value for key, value in figures.items() if key != "samples"} for row, figures in rows.items()},
+                "nelbo_bpb": rows["final"]["nelbo_bpb"], "mlflow_run_id": tracker.run_id,
+            }
+            write_json(folder / "summary.json", summary)
+            tracker.log({f"{row}/{key}": value for row, figures in rows.items() for key, value in figures.items()
+                         if isinstance(value, float)}, len(history))
+            tracker.table("samples", [[row, *sample] for row in ("base", "final") for sample in rows[row]["samples"]],
+                          ["model", "prompt", "completion"])
+            tracker.figure("rounds", grpo_figure(_series(history)))
+            tracker.artifact(folder / "final", "model")
+            tracker.artifact(folder / "summary.json")
+    _show(config, folder, rows, summary)
+    return summary
+
+
+def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
+    """Data, base model and judge, each made once and cached; the config with the base model's own shape."""
+    import ray
+
+    start_ray()
+    display.note(f"data: {config.data.source}")
+    dataset = prepare(config.data, config.run.cache)
+    judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
+    base = find_checkpoint(config.grpo.base) if config.grpo.base else pretrain(config, display=display)
+    shape = load_model(base)
+    if shape.vocabulary != open_dataset(dataset).vocabulary or shape.block_size != config.data.block_size:
+        raise ValueError(f"grpo.base {base} was trained with another tokenizer or data.block_size "
+                         f"({shape.vocabulary.base_size} base tokens, {shape.block_size}) than this data "
+                         f"({open_dataset(dataset).vocabulary.base_size}, {config.data.block_size})")
+    display.note("waiting for the judge")
+    return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
+
+
+def _train_and_measure(config: Config, paths: Paths, folder: Path, tracker: Tracker,
+                       display: Display) -> tuple[list[dict[str, float]], dict[str, dict[str, Any]]]:
+    """Measure the base, train, measure again; returns the rounds' history and a row of figures per text."""
+    import ray
+
+    what = (config, paths.dataset, paths.judge)
+    display.note("measuring the base model")
+    before = {"natural": ray.remote(measure_natural).remote(*what), "base": ray.remote(measure).remote(*what, paths.base)}
+    rows = {name: ray.get(task) for name, task in before.items()}
+    with _actors(config, paths) as job:
+        history = _fit(replace(job, folder=folder, mlflow_run=tracker.run_id), display)
+    display.note("measuring the trained model, then the base at the same token entropy")
+    rows["final"] = ray.get(ray.remote(measure).remote(*what, folder / "final"))
+    rows["base_matched"] = ray.get(ray.remote(measure).remote(*what, paths.base, rows["final"]["entropy"]))
+    return history, {name: rows[name] for name in ("natural", "base", "base_matched", "final")}
+
+
+@contextmanager
+def _actors(config: Config, paths: Paths) -> Iterator[Job]:
+    """Publish trunk and heads, start the actors, and end them with the body."""
+    import ray
+
+    grpo, device = config.grpo, "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+    base = load_model(paths.base)
+    blueprint = Blueprint(model=base.model, vocabulary=base.vocabulary, block_size=base.block_size,
+                          reward=config.reward, gelu=base.gelu)
+    remasking = resolve_policy(config.denoise.remasking, base, None)
+    base.untie(grpo.residual)
+    trunk, heads = publish(base.trunk.state_dict()), publish(base.heads.state_dict())
+    torch.manual_seed(config.run.seed)
+    scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()))
+    common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
+    resources = {"num_cpus": 0, "num_gpus": 0.25 if device == "cuda" else 0, "max_restarts": 3, "max_task_retries": 3}
+    remote_generator, remote_reward = (ray.remote(**resources)(kind) for kind in (Generator, Reward))
+    generators = [remote_generator.remote(
+        blueprint, trunk, heads, settings=config.denoise, remasking=remasking,
+        policy_tokens=credited_tokens(grpo.policy_tokens, remasking), prompt_tokens=grpo.prompt_tokens,
+        group_size=grpo.group_size, min_neighbors_ratio=config.sampler.min_neighbors_ratio, seed=config.run.seed,
+        lm_residual=grpo.residual, **common) for _ in range(grpo.rollout_actors)]
+    rewards = [remote_reward.remote(blueprint, trunk, scoring, **common) for _ in range(grpo.rollout_actors)]
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    try:
+        yield Job(config=config, dataset=paths.dataset, folder=Path(), blueprint=blueprint, remasking=remasking,
+                  trunk=(trunk,), heads=(heads,), generators=generators, rewards=rewards, board=board, mlflow_run=None)
+    finally:
+        for actor in (*generators, *rewards, board):
+            ray.kill(actor)
+
+
+def _fit(job: Job, display: Display) -> list[dict[str, float]]:
+    """Run the rounds on Ray Train, which starts again after a dead worker; returns the history."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    total = job.config.grpo.rounds + job.config.reward.warmup_rounds
+    scratch = job.folder / "ray-train"
+    display.phase("adversarial rounds", newest_round(job.folder), total)
+    trainer = TorchTrainer(
+        worker_loop, train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(num_workers=job.config.grpo.num_workers,
+                                               use_gpu=bool(ray.cluster_resources().get("GPU")),
+                                               resources_per_worker={"CPU": 1}),
+        run_config=ray.train.RunConfig(
+            name=f"fit-{time.time_ns()}", storage_path=str(scratch),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR")))
+    board = job.board
+    with stop_on_signals(lambda: board.stop.remote()), follow(lambda: ray.get(board.drain.remote(), timeout=10), display):
+        result = beside_main_thread(trainer.fit).return_value
+    shutil.rmtree(scratch, ignore_errors=True)
+    if "stopped" in result:
+        display.note(f"stopped after round {result['stopped']}; the same command goes on from there")
+        raise SystemExit(LEFT_BY_SIGNAL)
+    return result["history"]
+
+
+def _series(history: list[dict[str, float]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Name -> steps and values, for figures."""
+    names = {name for row in history for name in row if name != "step"}
+    return {name: ([row["step"] for row in history if name in row], [row[name] for row in history if name in row])
+            for name in names}
+
+
+def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:
+    prompt, completion = rows["final"]["samples"][0]
+    quality_table(f"{folder.name}: {config.denoise.steps} denoising steps, {config.evaluation.samples} texts, "
+                  f"{summary['wall_s']:.0f} s", rows)
+    gain = rows["base_matched"]["judge_nll"] - rows["final"]["judge_nll"]
+    print(f"judge NLL of the final model against its base at the same token entropy: {gain:+.3f} nats per token better\n"
+          f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
+          f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
+          f"curves    mlflow ui --backend-store-uri {config.tracking.uri}\n"
+          f"look      python pipelines/sample.py --checkpoint {folder / 'final'} --live")
+
+
+if __name__ == "__main__":
+    launch(main, __doc__)

@@ -1,0 +1,72 @@
+"""Data parallelism inside a Ray Train worker, and the driver's side of a fit.
+
+1. Learners know no ranks: they get `wrap`, which makes a module data-parallel, and `all_reduce`.
+2. A world of one needs neither, so it has neither.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.launch import worker_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Data parallelism as a loop sees it: a rank among others, what wraps a module, what reduces a tensor."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor
+    device: str = "cpu"
+
+
+def worker_ranks(threads: int) -> Ranks:
+    """The ranks of this Ray Train worker; also sets its torch threads on a CPU (`threads`; 0 shares the cores out)."""
+    import ray.train
+    import ray.train.torch
+
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(worker_threads(threads, context.get_local_world_size()))
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if world == 1:
+        return Ranks(device=str(device))
+    return Ranks(rank=rank, world=world, wrap=_data_parallel, all_reduce=_all_reduce, device=str(device))
+
+
+def _data_parallel(module: nn.Module) -> nn.Module:
+    """DDP that lets heads which have not joined yet go without gradients."""
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+
+
+def _all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
+    dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return tensor
+
+
+def beside_main_thread(call: Callable[[], Any]) -> Any:
+    """Run a blocking call on a thread of its own: the main one keeps its signal handlers, which `fit` would replace."""
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = call()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=1.0)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]

@@ -1,0 +1,250 @@
+"""The adversarial loop in every Ray Train worker: roll out, score, generator phase, reward phase, publish.
+
+1. Rollouts and scores go by reference from generator to reward actor to this worker; the driver sees none of them.
+   While the actors work, the worker prepares the natural text's features.
+2. Rank r owns a contiguous share of the prompts and of the actors. Seeds belong to global indices, so the number of
+   actors and ranks changes nothing but the order of summation.
+3. Rank 0 publishes new heads once per round; the others pick the references up.
+4. Every wait has a limit and names the phase that it waited for.
+5. A checkpoint holds heads, optimisers, controllers, replay buffer, counters and the history of metrics; a resumed run
+   continues with the round after it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from actors.learner import Learner
+from actors.trunk_store import Blueprint
+from grpo.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from grpo.config import Config
+from grpo.config_file import to_dict
+from grpo.data import Batch, Cursor, open_dataset
+from grpo.text_quality import distinct_n
+from pipelines.ranks import Ranks, worker_ranks
+from pipelines.tracking import Tracker
+
+SHOWN = ("reward", "p_natural", "reward_accuracy", "kl", "entropy")
+"""Figures of the live line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank is told."""
+
+    config: Config
+    dataset: Path
+    folder: Path
+    blueprint: Blueprint
+    remasking: str
+    """Resolved re-masking policy."""
+    trunk: tuple[Any]
+    """Reference of the published trunk, in a tuple so that Ray does not fetch it on the way."""
+    heads: tuple[Any]
+    """Reference of the base heads."""
+    generators: list[Any]
+    """Handles of the generator actors, in the order of the prompts that they own."""
+    rewards: list[Any]
+    """Handles of the reward actors, one beside each generator."""
+    board: Any
+    """Handle of the `ProgressBoard` actor."""
+    mlflow_run: str | None
+    """Run that rank 0 logs to."""
+
+
+def fetch(references: Any, waiting_for: str, timeout_s: float) -> Any:
+    """`ray.get` with a limit whose error says what was waited for."""
+    import ray
+
+    try:
+        return ray.get(references, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError(f"waited {timeout_s:.0f} s for {waiting_for}; run.timeout_s sets the limit") from None
+
+
+def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on each rank; returns the last round's number, or {"stopped": round}."""
+    job: Job = settings["job"]
+    ranks = worker_ranks(job.config.run.threads)
+    if ranks.rank > 0:
+        return train(job, ranks, None)
+    start = newest_round(job.folder)
+    with Tracker(job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=start + 1,
+                 writer="rank0") as tracker:
+        return train(job, ranks, tracker)
+
+
+def newest_round(folder: Path) -> int:
+    """Rounds done at the newest whole checkpoint; 0 without one."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    return 0 if newest is None else int(newest.name.rpartition("-")[2])
+
+
+class Rollouts:
+    """This rank's actors and its share of each round's rows."""
+
+    def __init__(self, job: Job, ranks: Ranks) -> None:
+        import ray
+
+        self.ray, self.job, grpo = ray, job, job.config.grpo
+        share = len(job.generators) // ranks.world
+        mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        self.generators, self.rewards = job.generators[mine], job.rewards[mine]
+        per_rank = grpo.prompts // ranks.world
+        self.prompts = torch.arange(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+        rows = range(ranks.rank * per_rank * grpo.group_size, (ranks.rank + 1) * per_rank * grpo.group_size)
+        self.rows = rows
+        self.cursor = Cursor(open_dataset(job.dataset), "train", grpo.prompts * grpo.group_size,
+                             job.config.data.block_size, job.config.run.seed)
+
+    def natural(self, round: int) -> tuple[Batch, Batch]:
+        """This rank's natural rows, and the prompts among them: row n x G is the true continuation of prompt n."""
+        natural = self.cursor.batch(round, rows=self.rows)
+        size = self.job.config.grpo.group_size
+        return natural, Batch(natural.tokens[::size], natural.attention_mask[::size])
+
+    def start(self, round: int, published: Published, prompts: Batch) -> tuple[list[Any], list[Any]]:
+        """References of rollouts and of their scores, in the order of the global index."""
+        parts = len(self.generators)
+        rollouts = [
+            actor.roll_out.remote(published.generator, published.version, published.mask_bias, round, *split)
+            for actor, split in zip(self.generators, zip(self.prompts.chunk(parts), prompts.tokens.chunk(parts),
+                                                         prompts.attention_mask.chunk(parts), strict=True), strict=True)
+        ]
+        scores = [actor.score.remote(published.reward, published.version, rollout)
+                  for actor, rollout in zip(self.rewards, rollouts, strict=True)]
+        return rollouts, scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """References of the newest heads."""
+
+    version: int
+    generator: Any
+    reward: Any
+    mask_bias: float
+
+
+def publish(learner: Learner, ranks: Ranks, version: int) -> Published:
+    """Rank 0 puts both heads into the object store; all ranks get the references (wrapped: bare ones would hang)."""
+    import ray
+
+    box = [None]
+    if ranks.rank == 0:
+        new = Published(version=version, generator=ray.put(learner.generator_heads()),
+                        reward=ray.put(learner.scoring_heads()), mask_bias=learner.bias)
+        box = [ray.cloudpickle.dumps(new)]
+        if ranks.world == 1:
+            return new
+    dist.broadcast_object_list(box, 0)
+    return ray.cloudpickle.loads(box[0])
+
+
+def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
+    """All rounds, from the newest checkpoint on."""
+    config, grpo = job.config, job.config.grpo
+    trunk, heads = fetch([job.trunk[0], job.heads[0]], "the published trunk", config.run.timeout_s)
+    learner = Learner(job.blueprint, config, trunk, heads, remasking=job.remasking, rank=ranks.rank, world=ranks.world,
+                      wrap=ranks.wrap, all_reduce=ranks.all_reduce, device=ranks.device)
+    tokenizer = open_dataset(job.dataset).tokenizer
+    source = Rollouts(job, ranks)
+    done, history = _resume(job.folder, learner, ranks)
+    warmup = config.reward.warmup_rounds
+    published = publish(learner, ranks, done)
+    saved = done
+    stop = False
+
+    def save() -> None:
+        texts = _whole_texts(learner.texts(), ranks)
+        if ranks.rank == 0:
+            state = {"round": done, "history": history, "learner": learner.tensors(), "texts": texts, **learner.numbers()}
+            save_checkpoint(checkpoint_folder(job.folder / "checkpoints", done), learner.model, config=to_dict(config),
+                            tokenizer=tokenizer, state=state)
+            prune_checkpoints(job.folder / "checkpoints", grpo.keep)
+
+    total = warmup + grpo.rounds
+    while done < total and not stop:
+        round, clock = done, Clock()
+        natural, prompts = source.natural(round)
+        references = source.start(round, published, prompts)
+        features = learner.natural_features(natural)
+        rollouts = fetch(references[0], f"rollouts of round {round} from the generator actors", config.run.timeout_s)
+        clock.lap("rollout")
+        scores = fetch(references[1], f"scores of round {round} from the reward actors", config.run.timeout_s)
+        clock.lap("score")
+        metrics = learner.remember(round, rollouts, scores, natural, features)
+        if round >= warmup:
+            metrics |= learner.generator_phase(round, rollouts, scores, prompts, source.prompts)
+            clock.lap("generator")
+            learner.steer_reward(metrics["reward_accuracy"])
+            metrics |= learner.reward_phase(round)
+        else:
+            metrics |= learner.reward_phase(round, config.reward.warmup_steps)
+        clock.lap("reward")
+        published = publish(learner, ranks, round + 1)
+        clock.lap("publish")
+        done = round + 1
+        if ranks.rank == 0:
+            prompt = grpo.prompt_tokens
+            completions = torch.cat([rollout.tokens[:, prompt:] for rollout in rollouts])
+            metrics |= {"distinct_4": distinct_n(completions, 4), "staleness": 0.0, "policy_version": learner.version,
+                        "tokens_per_s": completions.numel() * ranks.world / clock.total(), **clock.seconds}
+            history.append({"step": done, **metrics})
+            tracker.log(metrics, done)
+            shown = {name: metrics[name] for name in SHOWN if name in metrics}
+            stop = fetch(job.board.report.remote("adversarial rounds", done, total, shown), "the progress board",
+                         config.run.timeout_s)
+        stop = bool(ranks.all_reduce(torch.tensor(float(stop), device=ranks.device), "max"))
+        if done % grpo.checkpoint_every == 0 or done == total or stop:
+            save()
+            saved = done
+    if saved == done == total and ranks.rank == 0:
+        save_checkpoint(job.folder / "final", learner.model, config=to_dict(config), tokenizer=tokenizer,
+                        state={"mask_bias": learner.mask_bias.state_dict()})
+    return {"history": history, **({"stopped": done} if done < total else {})}
+
+
+class Clock:
+    """Seconds by phase of one round."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[f"seconds/{phase}"] = now - self.last
+        self.last = now
+
+    def total(self) -> float:
+        return self.last - self.started
+
+
+def _resume(folder: Path, learner: Learner, ranks: Ranks) -> tuple[int, list[dict[str, float]]]:
+    """Load the newest checkpoint into the learner, if there is one; returns rounds done and the history."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    if newest is None:
+        return 0, []
+    state = load_checkpoint(newest).state
+    share = {name: tensor.chunk(ranks.world, 1)[ranks.rank] for name, tensor in state["texts"].items()}
+    learner.load(state["learner"], share, state)
+    return state["round"], state["history"]
+
+
+def _whole_texts(texts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor] | None:
+    """The replay buffer of all ranks in the order of the global index, on rank 0."""
+    if ranks.world == 1:
+        return texts
+    gathered: list[Any] | None = [None] * ranks.world if ranks.rank == 0 else None
+    dist.gather_object(texts, gathered, 0)
+    if gathered is None:
+        return None
+    return {name: torch.cat([part[name] for part in gathered], 1) for name in texts}
