@@ -112,12 +112,11 @@ def multitask_loss(model: GPT, config: Config, stage: Stage, corrupted: Corrupte
     visible = _visible(config, corrupted.loss_mask)
     vocabulary = model.vocabulary
     totals = totals.float()
-    frozen = model.trunk.frozen
     if model.trunk.causal:
         logits = model(corrupted.clean, attention_mask=visible)
         return next_token_loss(logits, corrupted.clean, attention_mask=corrupted.loss_mask, vocabulary=vocabulary,
                                denominator=totals[0])
-    hidden = _encode(model, corrupted.inputs, visible, frozen)
+    hidden = model.encode(corrupted.inputs, visible)
     logits = model.heads["lm"](hidden)
     if config.loss.objective == "mdlm":
         total, metrics = mdlm_loss(logits, corrupted, vocabulary=vocabulary, denominator=totals[0])
@@ -137,15 +136,10 @@ def multitask_loss(model: GPT, config: Config, stage: Stage, corrupted: Corrupte
                                     min_neighbors_ratio=config.sampler.min_neighbors_ratio).tokens
         else:
             filled = fill_masks(corrupted.inputs, logits.detach(), vocabulary=vocabulary, seeds=seeds)
-        scores = model.heads["critic"](_encode(model, filled, visible, frozen))
+        scores = model.heads["critic"](model.encode(filled, visible))
         loss, part = critic_loss(scores, filled, corrupted, scope=config.critic.scope, denominator=totals[2])
         total, metrics = total + stage.critic_weight * loss, metrics | part
     return total, metrics
-
-
-def _encode(model: GPT, tokens: Tensor, attention_mask: Tensor | None, frozen: bool) -> Tensor:
-    with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
-        return model.encode(tokens, attention_mask)
 
 
 def _visible(config: Config, attention_mask: Tensor) -> Tensor | None:
