@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from actors.trunk_store import Arrays, Blueprint, load_heads, mount
+from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
 from grpo.config import DenoiseSection
 from grpo.model import GPT
 from grpo.noise import row_seeds
@@ -21,11 +23,12 @@ ROLLOUT_STREAM = 11
 class Generator:
     """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor."""
 
-    def __init__(self, blueprint: Blueprint, trunk: Arrays, heads: Arrays, *, settings: DenoiseSection, remasking: str,
+    def __init__(self, blueprint: Blueprint, trunk: Arrays | tuple[Any], heads: Arrays | tuple[Any], *,
+                 settings: DenoiseSection, remasking: str,
                  policy_tokens: str, prompt_tokens: int, group_size: int, min_neighbors_ratio: float, seed: int,
                  lm_residual: int, threads: int, device: str = "cpu", remasking_model: GPT | None = None) -> None:
         torch.set_num_threads(threads)
-        self.model = mount(blueprint, "generator", trunk, heads, lm_residual=lm_residual, device=device)
+        self.model = mount(blueprint, "generator", fetch(trunk), fetch(heads), lm_residual=lm_residual, device=device)
         self.version = -1
         self.seed, self.group_size, self.device = seed, group_size, device
         self.settings = {"settings": settings, "remasking": remasking, "policy_tokens": policy_tokens,

@@ -40,6 +40,7 @@ from grpo.policy_loss import (
     exact_kl,
     group_advantages,
     likelihood_ratios,
+    temperature_direction,
 )
 from grpo.reward_loss import dense_rewards, discriminator_loss, entropy_coefficient, log_odds, reward_steps
 from grpo.trajectory import Rollout, policy_log_probs
@@ -90,7 +91,7 @@ class Learner:
         self.buffer: deque[Texts] = deque(maxlen=config.reward.replay_rounds + 1)
         self.num_reward_steps = config.reward.max_steps
         self.entropy_target: float | None = None
-        self.entropy_weight = 0.0
+        self.entropy_integral = self.entropy_weight = 0.0
         self.version = 0
 
     # ---- what the actors need -------------------------------------------------------------------------------------
@@ -189,7 +190,8 @@ class Learner:
         metrics = self._means(sums)
         if grpo.entropy:
             self.entropy_target = self.entropy_target or grpo.entropy * metrics["entropy"]
-            self.entropy_weight = entropy_coefficient(self.entropy_weight, metrics["entropy"], self.entropy_target)
+            self.entropy_integral, self.entropy_weight = entropy_coefficient(
+                self.entropy_integral, metrics["entropy"], self.entropy_target)
         return metrics | {
             "entropy_weight": self.entropy_weight,
             "ratio_max": float(self.all_reduce(ratio_max, "max")), "learning_rate": grpo.learning_rate, "mask_bias": self.bias,
@@ -261,7 +263,7 @@ class Learner:
     def numbers(self) -> dict[str, Any]:
         return {"version": self.version, "num_reward_steps": self.num_reward_steps,
                 "mask_bias": self.mask_bias.state_dict(),
-                "entropy_target": self.entropy_target, "entropy_weight": self.entropy_weight}
+                "entropy": [self.entropy_target, self.entropy_integral, self.entropy_weight]}
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Continue from `tensors`, `texts` and `numbers`."""
@@ -273,7 +275,7 @@ class Learner:
         load_flat_state(self.reward_optimizer, take("reward_optimizer."))
         self.version, self.num_reward_steps = numbers["version"], numbers["num_reward_steps"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
-        self.entropy_target, self.entropy_weight = numbers["entropy_target"], numbers["entropy_weight"]
+        self.entropy_target, self.entropy_integral, self.entropy_weight = numbers["entropy"]
         prompt = self.config.grpo.prompt_tokens
         self.buffer.clear()
         for round in sorted(int(name.partition(".")[2]) for name in texts if name.startswith("tokens.")):
@@ -317,7 +319,7 @@ class Learner:
         ratios = likelihood_ratios(logprobs, rollout.logprobs, num_rows=len(rollout.tokens), **common)
         weights = action_weights(num_rows=len(rollout.tokens), total_rows=num_samples, total_actions=num_actions,
                                  actions_per_row=actions_per_row, **common)
-        loss, metrics = clipped_policy_loss(ratios, advantages[rollout.rows, rollout.positions], weights,
+        loss, metrics = clipped_policy_loss(ratios, self._credit(rollout, advantages, log_policy.detach()), weights,
                                             epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high)
         with torch.no_grad():
             log_reference = policy_log_probs(self.reference, rollout)
@@ -326,6 +328,15 @@ class Learner:
         metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, weights)}
         loss = loss + (weights * (grpo.kl * kl - self.entropy_weight * spread)).sum()
         return loss, metrics, ratios.detach().max()
+
+    def _credit(self, rollout: Rollout, advantages: Tensor, log_policy: Tensor) -> Tensor:
+        """[M] advantage of each action; without the part that the temperature explains, if so configured."""
+        credit = advantages[rollout.rows, rollout.positions]
+        if not self.config.grpo.neutral:
+            return credit
+        knob = temperature_direction(rollout.logprobs, log_policy)
+        sums = self.all_reduce(torch.stack([(credit * knob).sum(), knob.square().sum()]))
+        return credit - sums[0] / sums[1].clamp(min=1e-12) * knob
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The multi-task loss on natural text with the mask-bias controller, heads only (DESIGN 9)."""

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.trunk_store import Arrays, Blueprint, load_heads, mount
+from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
 from grpo.trajectory import Rollout
 
 
@@ -33,9 +34,10 @@ class Scores:
 class Reward:
     """Scores rollouts and natural text. A plain class; the pipeline makes it a Ray actor."""
 
-    def __init__(self, blueprint: Blueprint, trunk: Arrays, heads: Arrays, *, threads: int, device: str = "cpu") -> None:
+    def __init__(self, blueprint: Blueprint, trunk: Arrays | tuple[Any], heads: Arrays | tuple[Any], *,
+                 threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
-        self.model = mount(blueprint, "reward", trunk, heads, device=device)
+        self.model = mount(blueprint, "reward", fetch(trunk), fetch(heads), device=device)
         self.version = -1
         self.device = device
 

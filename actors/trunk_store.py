@@ -24,6 +24,9 @@ from grpo.tokenizer import Vocabulary
 
 Arrays = dict[str, np.ndarray]
 
+FETCH_TIMEOUT_S = 600.0
+"""Seconds that an actor waits for the published trunk."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
@@ -59,6 +62,15 @@ def publish(state: dict[str, Tensor]) -> Any:
     import ray
 
     return ray.put(to_arrays(state))
+
+
+def fetch(given: Arrays | tuple[Any]) -> Arrays:
+    """Arrays, or those behind a reference in a 1-tuple: Ray resolves a bare one, but not when it restarts an actor."""
+    if isinstance(given, dict):
+        return given
+    import ray
+
+    return ray.get(given[0], timeout=FETCH_TIMEOUT_S)
 
 
 def mount(blueprint: Blueprint, mode: str, trunk: Arrays, heads: Arrays, *, lm_residual: int = 0,

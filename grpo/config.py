@@ -317,6 +317,9 @@ class GrpoSection:
     text's mean; `window`: the mean signal within `credit_window` tokens of it."""
     credit_window: int = 2
     """Reach of credit `window`, tokens on each side: how far a token can make its neighbours implausible."""
+    neutral: bool = True
+    """Remove from the advantages what a change of temperature would explain, so that the first-order effect of an
+    update on the policy's entropy along that knob is zero."""
     entropy: float = 1.0
     """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control. Without it
     the cheapest way to please a discriminator is a lower temperature."""
@@ -334,8 +337,6 @@ class GrpoSection:
     """Rounds between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
-    evaluate_every: int = 0
-    """Rounds between small evaluations that choose the best round; 0: only before and after."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "prompts", "num_iterations", "num_workers", "rollout_actors", "checkpoint_every", "keep", "prompt_tokens"):
@@ -346,7 +347,7 @@ class GrpoSection:
         _one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
         _check(0 < self.epsilon_low < 1, "grpo.epsilon_low", "between 0 and 1", self.epsilon_low)
         _check(self.epsilon_high > 0, "grpo.epsilon_high", "positive", self.epsilon_high)
-        for name in ("kl", "anchor", "entropy", "credit_window", "evaluate_every", "residual"):
+        for name in ("kl", "anchor", "entropy", "credit_window", "residual"):
             _check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
         _check(self.learning_rate > 0, "grpo.learning_rate", "positive", self.learning_rate)
         _check(self.rollout_actors % self.num_workers == 0, "grpo.rollout_actors", f"a multiple of grpo.num_workers ({self.num_workers})", self.rollout_actors)
@@ -416,11 +417,9 @@ class EvaluationSection:
     """Blocks of the judge."""
     judge_width: int = 96
     """Width of the judge."""
-    classifier_epochs: int = 30
-    """Passes of the fresh C2ST classifier over its training half."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "judge_steps", "judge_layers", "judge_width", "classifier_epochs"):
+        for name in ("samples", "judge_steps", "judge_layers", "judge_width"):
             _check(getattr(self, name) >= 1, f"evaluation.{name}", "at least 1", getattr(self, name))
 
 

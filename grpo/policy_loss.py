@@ -115,6 +115,18 @@ def clipped_policy_loss(ratios: Tensor, advantages: Tensor, weights: Tensor, *, 
     return (weights * losses).sum(), metrics
 
 
+def temperature_direction(logprobs: Tensor, log_policy: Tensor) -> Tensor:
+    """d log pi(a) / d log(1 / temperature) = log pi(a) + entropy, per action: the score of the temperature knob.
+
+    Args:
+        logprobs: [M] of the actions; log_policy: [M, V].
+
+    Returns:
+        [M], zero in expectation under the policy.
+    """
+    return logprobs + entropy(log_policy)
+
+
 def exact_kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
     """KL(policy || reference) summed over the vocabulary, nats per action.
 

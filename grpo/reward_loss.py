@@ -20,6 +20,10 @@ from torch import Tensor
 from grpo.metrics import weighted_sum
 
 
+ENTROPY_INTEGRAL_GAIN = 0.1
+ENTROPY_PROPORTIONAL_GAIN = 2.0
+
+
 def log_odds(logits: Tensor) -> Tensor:
     """log P(natural) - log P(synthetic) from pooled logits [B, 2]; returns [B]."""
     if logits.dim() != 2 or logits.shape[1] != 2:
@@ -103,15 +107,19 @@ def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor,
     return rewards * completion_mask
 
 
-def entropy_coefficient(current: float, entropy: float, target: float, *, gain: float = 0.1) -> float:
-    """Weight of the entropy bonus: an integral controller that holds the policy's entropy at a target.
+def entropy_coefficient(integral: float, entropy: float, target: float) -> tuple[float, float]:
+    """Weight of the entropy bonus (negative: a penalty): a PI controller that holds the policy's entropy at a target.
 
     Args:
-        current: the coefficient now; 0 or more.
+        integral: the controller's state.
         entropy, target: nats per action.
-        gain: change of the coefficient per relative error and round.
+
+    Returns:
+        The new integral and the weight.
     """
-    return max(0.0, current + gain * (target - entropy) / target)
+    error = (target - entropy) / target
+    integral += ENTROPY_INTEGRAL_GAIN * error
+    return integral, integral + ENTROPY_PROPORTIONAL_GAIN * error
 
 
 def reward_steps(current: int, accuracy: float, *, band_low: float, band_high: float, min_steps: int,

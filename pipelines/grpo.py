@@ -44,7 +44,7 @@ from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.trajectory import credited_tokens
 from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
-from pipelines.figures import grpo_figure
+from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, _alone as alone, pretrain, _write_json as write_json
@@ -86,7 +86,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                          if isinstance(value, float)}, len(history))
             tracker.table("samples", [[row, *sample] for row in ("base", "final") for sample in rows[row]["samples"]],
                           ["model", "prompt", "completion"])
-            tracker.figure("rounds", grpo_figure(_series(history)))
+            targets = {"reward_accuracy": (config.reward.band_low, config.reward.band_high),
+                       "p_mask_unmask": (config.mask_bias.target,)}
+            tracker.figure("rounds", grpo_figure(series(history), targets=targets))
             tracker.artifact(folder / "final", "model")
             tracker.artifact(folder / "summary.json")
     _show(config, folder, rows, summary)
@@ -146,11 +148,11 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     resources = {"num_cpus": 0, "num_gpus": 0.25 if device == "cuda" else 0, "max_restarts": 3, "max_task_retries": 3}
     remote_generator, remote_reward = (ray.remote(**resources)(kind) for kind in (Generator, Reward))
     generators = [remote_generator.remote(
-        blueprint, trunk, heads, settings=config.denoise, remasking=remasking,
+        blueprint, (trunk,), (heads,), settings=config.denoise, remasking=remasking,
         policy_tokens=credited_tokens(grpo.policy_tokens, remasking), prompt_tokens=grpo.prompt_tokens,
         group_size=grpo.group_size, min_neighbors_ratio=config.sampler.min_neighbors_ratio, seed=config.run.seed,
         lm_residual=grpo.residual, **common) for _ in range(grpo.rollout_actors)]
-    rewards = [remote_reward.remote(blueprint, trunk, scoring, **common) for _ in range(grpo.rollout_actors)]
+    rewards = [remote_reward.remote(blueprint, (trunk,), (scoring,), **common) for _ in range(grpo.rollout_actors)]
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
         yield Job(config=config, dataset=paths.dataset, folder=Path(), blueprint=blueprint, remasking=remasking,
@@ -186,13 +188,6 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
         display.note(f"stopped after round {result['stopped']}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)
     return result["history"]
-
-
-def _series(history: list[dict[str, float]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Name -> steps and values, for figures."""
-    names = {name for row in history for name in row if name != "step"}
-    return {name: ([row["step"] for row in history if name in row], [row[name] for row in history if name in row])
-            for name in names}
 
 
 def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:
