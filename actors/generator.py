@@ -23,20 +23,48 @@ ROLLOUT_STREAM = 11
 class Generator:
     """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor."""
 
-    def __init__(self, blueprint: Blueprint, trunk: Arrays | tuple[Any], heads: Arrays | tuple[Any], *,
-                 settings: DenoiseSection, remasking: str,
-                 policy_tokens: str, prompt_tokens: int, group_size: int, min_neighbors_ratio: float, seed: int,
-                 lm_residual: int, threads: int, device: str = "cpu", remasking_model: GPT | None = None) -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        trunk: Arrays | tuple[Any],
+        heads: Arrays | tuple[Any],
+        *,
+        settings: DenoiseSection,
+        remasking: str,
+        policy_tokens: str,
+        prompt_tokens: int,
+        group_size: int,
+        min_neighbors_ratio: float,
+        seed: int,
+        lm_residual: int,
+        threads: int,
+        device: str = "cpu",
+        remasking_model: GPT | None = None,
+    ) -> None:
         torch.set_num_threads(threads)
         self.model = mount(blueprint, "generator", fetch(trunk), fetch(heads), lm_residual=lm_residual, device=device)
         self.version = -1
         self.seed, self.group_size, self.device = seed, group_size, device
-        self.settings = {"settings": settings, "remasking": remasking, "policy_tokens": policy_tokens,
-                         "prompt_tokens": prompt_tokens, "group_size": group_size,
-                         "min_neighbors_ratio": min_neighbors_ratio, "remasking_model": remasking_model}
+        self.settings = {
+            "settings": settings,
+            "remasking": remasking,
+            "policy_tokens": policy_tokens,
+            "prompt_tokens": prompt_tokens,
+            "group_size": group_size,
+            "min_neighbors_ratio": min_neighbors_ratio,
+            "remasking_model": remasking_model,
+        }
 
-    def roll_out(self, heads: Arrays, version: int, mask_bias: float, round: int, indices: torch.Tensor,
-                 prompts: torch.Tensor, attention_mask: torch.Tensor) -> Rollout:
+    def roll_out(
+        self,
+        heads: Arrays,
+        version: int,
+        mask_bias: float,
+        round: int,
+        indices: torch.Tensor,
+        prompts: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> Rollout:
         """Continue prompts.
 
         Args:
@@ -51,5 +79,12 @@ class Generator:
             self.version = version
         samples = (indices[:, None] * self.group_size + torch.arange(self.group_size)).flatten()
         seeds = row_seeds(self.seed, ROLLOUT_STREAM, round, samples).to(self.device)
-        return roll_out(self.model, prompts.to(self.device), attention_mask.to(self.device), seeds=seeds,
-                        mask_bias=mask_bias, policy_version=version, **self.settings)
+        return roll_out(
+            self.model,
+            prompts.to(self.device),
+            attention_mask.to(self.device),
+            seeds=seeds,
+            mask_bias=mask_bias,
+            policy_version=version,
+            **self.settings,
+        )

@@ -21,11 +21,24 @@ from grpo.model import GPT
 def judge_config(config: Config) -> Config:
     """The judge's own config: a causal model of its own size on the same data."""
     settings = config.evaluation
-    model = replace(config.model, attention="causal", critic=False, sampler=False, n_layer=settings.judge_layers,
-                    n_embd=settings.judge_width, dropout=0.0)
+    model = replace(
+        config.model,
+        attention="causal",
+        critic=False,
+        sampler=False,
+        n_layer=settings.judge_layers,
+        n_embd=settings.judge_width,
+        dropout=0.0,
+    )
     steps = settings.judge_steps
-    pretrain = replace(config.pretrain, mode="generator", steps=steps, num_workers=1, micro_batches=1,
-                       warmup=min(config.pretrain.warmup, steps // 10 + 1))
+    pretrain = replace(
+        config.pretrain,
+        mode="generator",
+        steps=steps,
+        num_workers=1,
+        micro_batches=1,
+        warmup=min(config.pretrain.warmup, steps // 10 + 1),
+    )
     denoise = replace(config.denoise, sampler=False, remasking="random")
     return replace(config, model=model, pretrain=pretrain, denoise=denoise)
 

@@ -2,7 +2,7 @@
 
 1. Both phases train on states that never change: the generator on the rollout's cached hidden states, the reward head
    on cached features. No trunk pass belongs to an update, except the anchor's on natural text.
-2. Distribution is applied from outside: `wrap` makes a module data-parallel, `all_reduce(tensor, op)` reduces over ranks.
+2. Distribution is applied from outside: `wrap` makes a module data-parallel, `all_reduce(tensor, op)` reduces a tensor.
    Losses carry global denominators and are multiplied by the number of ranks, because DDP averages.
 3. Every sample has a global index k in 0..B-1; a rank owns a contiguous range of them. Natural rows share the index
    space: row k = n x G is the true continuation of prompt n, the others are further windows. The reward phase draws
@@ -69,9 +69,20 @@ class Texts:
 class Learner:
     """Owns the trainable heads, their optimisers and controllers. A plain class, driven by a Ray Train worker."""
 
-    def __init__(self, blueprint: Blueprint, config: Config, trunk: Arrays, heads: Arrays, *, remasking: str,
-                 rank: int = 0, world: int = 1, wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
-                 all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        config: Config,
+        trunk: Arrays,
+        heads: Arrays,
+        *,
+        remasking: str,
+        rank: int = 0,
+        world: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor,
+        device: str = "cpu",
+    ) -> None:
         self.config, self.rank, self.world = config, rank, world
         self.remasking, self.all_reduce, self.device = remasking, all_reduce, device
         self.model = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
@@ -116,12 +127,14 @@ class Learner:
         mask = natural.attention_mask.to(self.device)
         completion = mask.clone()
         completion[:, : self.config.grpo.prompt_tokens] = False
-        features = self.model.reward_features(natural.tokens.to(self.device), completion,
-                                              None if bool(mask.all()) else mask)
-        return features[:, self.config.grpo.prompt_tokens:]
+        features = self.model.reward_features(
+            natural.tokens.to(self.device), completion, None if bool(mask.all()) else mask
+        )
+        return features[:, self.config.grpo.prompt_tokens :]
 
-    def remember(self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch,
-                 features: Tensor) -> dict[str, float]:
+    def remember(
+        self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch, features: Tensor
+    ) -> dict[str, float]:
         """Add a round's texts to the replay buffer and judge the reward head on them before it sees them in training.
 
         Args:
@@ -135,7 +148,9 @@ class Learner:
             tokens=torch.stack([torch.cat([r.tokens for r in rollouts]), natural.tokens]),
             attention_mask=torch.stack([torch.cat([r.attention_mask for r in rollouts]), natural.attention_mask]),
             features=torch.stack([torch.cat([s.features[:, prompt:] for s in scores]).to(self.device), features]),
-            mask=torch.stack([torch.cat([r.completion_mask[:, prompt:] for r in rollouts]), natural_mask]).to(self.device),
+            mask=torch.stack([torch.cat([r.completion_mask[:, prompt:] for r in rollouts]), natural_mask]).to(
+                self.device
+            ),
         )
         if not self.buffer:
             self._calibrate(features, texts.mask[1])
@@ -145,8 +160,9 @@ class Learner:
         correct = torch.cat([odds[0] < 0, odds[1] > 0])
         return self._means({"reward_accuracy": weighted_sum(correct, torch.ones_like(correct))})
 
-    def generator_phase(self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch,
-                        rows: Tensor) -> dict[str, float]:
+    def generator_phase(
+        self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch, rows: Tensor
+    ) -> dict[str, float]:
         """Group-relative policy gradient on the rollouts' cached states, plus the anchor on natural text.
 
         Args:
@@ -169,10 +185,16 @@ class Learner:
             for index, rollout in enumerate(rollouts):
                 last = index == len(rollouts) - 1
 
-                def losses(rollout: Rollout = rollout, advantage: Tensor = advantages[index], last: bool = last,
-                           iteration: int = iteration) -> Tensor:
+                def losses(
+                    rollout: Rollout = rollout,
+                    advantage: Tensor = advantages[index],
+                    last: bool = last,
+                    iteration: int = iteration,
+                ) -> Tensor:
                     nonlocal ratio_max
-                    loss, part, largest = self._policy_losses(rollout, advantage, num_samples, num_actions, actions_per_row)
+                    loss, part, largest = self._policy_losses(
+                        rollout, advantage, num_samples, num_actions, actions_per_row
+                    )
                     ratio_max = torch.maximum(ratio_max, largest)
                     _accumulate(sums, part)
                     if last and grpo.anchor:
@@ -191,10 +213,13 @@ class Learner:
         if grpo.entropy:
             self.entropy_target = self.entropy_target or grpo.entropy * metrics["entropy"]
             self.entropy_integral, self.entropy_weight = entropy_coefficient(
-                self.entropy_integral, metrics["entropy"], self.entropy_target)
+                self.entropy_integral, metrics["entropy"], self.entropy_target
+            )
         return metrics | {
             "entropy_weight": self.entropy_weight,
-            "ratio_max": float(self.all_reduce(ratio_max, "max")), "learning_rate": grpo.learning_rate, "mask_bias": self.bias,
+            "ratio_max": float(self.all_reduce(ratio_max, "max")),
+            "learning_rate": grpo.learning_rate,
+            "mask_bias": self.bias,
             "completion_length": float(rollouts[0].completion_mask.sum(-1).float().mean()),
             **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()},
         }
@@ -222,8 +247,15 @@ class Learner:
 
             def losses(features: Tensor = features, mask: Tensor = mask, natural: Tensor = natural) -> Tensor:
                 output = self.reward_head(features, mask)
-                loss, part = discriminator_loss(output.logits, output.token_logits, natural, mask, loss=settings.loss,
-                                                smoothing=settings.smoothing, total_texts=settings.batch_size)
+                loss, part = discriminator_loss(
+                    output.logits,
+                    output.token_logits,
+                    natural,
+                    mask,
+                    loss=settings.loss,
+                    smoothing=settings.smoothing,
+                    total_texts=settings.batch_size,
+                )
                 _accumulate(sums, part)
                 return loss * self.world
 
@@ -241,9 +273,14 @@ class Learner:
     def steer_reward(self, accuracy: float) -> None:
         """Choose the next round's reward steps by the held-out accuracy (DESIGN 10)."""
         settings = self.config.reward
-        self.num_reward_steps = reward_steps(self.num_reward_steps, accuracy, band_low=settings.band_low,
-                                             band_high=settings.band_high, min_steps=settings.min_steps,
-                                             max_steps=settings.max_steps)
+        self.num_reward_steps = reward_steps(
+            self.num_reward_steps,
+            accuracy,
+            band_low=settings.band_low,
+            band_high=settings.band_high,
+            min_steps=settings.min_steps,
+            max_steps=settings.max_steps,
+        )
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -258,12 +295,19 @@ class Learner:
 
     def texts(self) -> dict[str, Tensor]:
         """This rank's replay buffer as tokens; its features are computed again on load."""
-        return {f"{name}.{texts.round}": getattr(texts, name) for texts in self.buffer for name in ("tokens", "attention_mask")}
+        return {
+            f"{name}.{texts.round}": getattr(texts, name)
+            for texts in self.buffer
+            for name in ("tokens", "attention_mask")
+        }
 
     def numbers(self) -> dict[str, Any]:
-        return {"version": self.version, "num_reward_steps": self.num_reward_steps,
-                "mask_bias": self.mask_bias.state_dict(),
-                "entropy": [self.entropy_target, self.entropy_integral, self.entropy_weight]}
+        return {
+            "version": self.version,
+            "num_reward_steps": self.num_reward_steps,
+            "mask_bias": self.mask_bias.state_dict(),
+            "entropy": [self.entropy_target, self.entropy_integral, self.entropy_weight],
+        }
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Continue from `tensors`, `texts` and `numbers`."""
@@ -281,8 +325,15 @@ class Learner:
         for round in sorted(int(name.partition(".")[2]) for name in texts if name.startswith("tokens.")):
             tokens, mask = texts[f"tokens.{round}"], texts[f"attention_mask.{round}"]
             features = torch.stack([self.natural_features(Batch(t, m)) for t, m in zip(tokens, mask, strict=True)])
-            self.buffer.append(Texts(round=round, tokens=tokens, attention_mask=mask, features=features,
-                                     mask=mask[:, :, prompt:].to(self.device)))
+            self.buffer.append(
+                Texts(
+                    round=round,
+                    tokens=tokens,
+                    attention_mask=mask,
+                    features=features,
+                    mask=mask[:, :, prompt:].to(self.device),
+                )
+            )
 
     # ---- parts of the phases --------------------------------------------------------------------------------------
 
@@ -292,8 +343,14 @@ class Learner:
         for rollout, score in zip(rollouts, scores, strict=True):
             size, mask = rollout.group_size, rollout.completion_mask
             logits, token_logits = score.logits.to(self.device), score.token_logits.to(self.device)
-            rewards = dense_rewards(logits, token_logits, mask, credit=grpo.credit, signal=self.config.reward.signal,
-                                    window=grpo.credit_window)
+            rewards = dense_rewards(
+                logits,
+                token_logits,
+                mask,
+                credit=grpo.credit,
+                signal=self.config.reward.signal,
+                window=grpo.credit_window,
+            )
             grouped, group_mask = rewards.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size))
             advantage = group_advantages(grouped, mask=group_mask, normalize=grpo.normalize)
             advantages.append(advantage.flatten(0, 1))
@@ -301,26 +358,40 @@ class Learner:
             natural = log_odds(logits).sigmoid()
             ones, each = torch.ones_like(natural), advantage.flatten(0, 1)
             groups = torch.tensor(float(len(grouped)), device=self.device)
-            _accumulate(sums, {
-                "reward": weighted_sum(per_text, ones),
-                "reward_square": weighted_sum(per_text.square(), ones),
-                "p_natural": weighted_sum(natural, ones),
-                "advantage_square": weighted_sum(each.square(), mask),
-                "zero_spread_groups": torch.stack([equal_groups(grouped).double(), groups.double()]),
-            })
+            _accumulate(
+                sums,
+                {
+                    "reward": weighted_sum(per_text, ones),
+                    "reward_square": weighted_sum(per_text.square(), ones),
+                    "p_natural": weighted_sum(natural, ones),
+                    "advantage_square": weighted_sum(each.square(), mask),
+                    "zero_spread_groups": torch.stack([equal_groups(grouped).double(), groups.double()]),
+                },
+            )
         return advantages, sums
 
-    def _policy_losses(self, rollout: Rollout, advantages: Tensor, num_samples: Tensor, num_actions: Tensor,
-                       actions_per_row: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _policy_losses(
+        self, rollout: Rollout, advantages: Tensor, num_samples: Tensor, num_actions: Tensor, actions_per_row: int
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         grpo = self.config.grpo
         log_policy = policy_log_probs(self.model, rollout)
         logprobs = log_policy.gather(-1, rollout.actions[:, None]).squeeze(-1)
         common = {"rows": rollout.rows, "loss": grpo.loss}
         ratios = likelihood_ratios(logprobs, rollout.logprobs, num_rows=len(rollout.tokens), **common)
-        weights = action_weights(num_rows=len(rollout.tokens), total_rows=num_samples, total_actions=num_actions,
-                                 actions_per_row=actions_per_row, **common)
-        loss, metrics = clipped_policy_loss(ratios, self._credit(rollout, advantages, log_policy.detach()), weights,
-                                            epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high)
+        weights = action_weights(
+            num_rows=len(rollout.tokens),
+            total_rows=num_samples,
+            total_actions=num_actions,
+            actions_per_row=actions_per_row,
+            **common,
+        )
+        loss, metrics = clipped_policy_loss(
+            ratios,
+            self._credit(rollout, advantages, log_policy.detach()),
+            weights,
+            epsilon_low=grpo.epsilon_low,
+            epsilon_high=grpo.epsilon_high,
+        )
         with torch.no_grad():
             log_reference = policy_log_probs(self.reference, rollout)
         kl = exact_kl(log_policy, log_reference)
@@ -345,8 +416,9 @@ class Learner:
         seeds, times = seeds.to(self.device), times.to(self.device)
         corrupted = corrupt_batch(self.model, self.config, self.stage, tokens, mask, seeds=seeds, times=times)
         totals = self.all_reduce(counts(self.config, self.stage, corrupted))
-        loss, metrics = multitask_loss(self.model, self.config, self.stage, corrupted, seeds=seeds, totals=totals,
-                                       mask_bias=self.mask_bias.bias)
+        loss, metrics = multitask_loss(
+            self.model, self.config, self.stage, corrupted, seeds=seeds, totals=totals, mask_bias=self.mask_bias.bias
+        )
         if "p_mask_unmask" in metrics:
             self.mask_bias.update(self.all_reduce(metrics["p_mask_unmask"].clone()))
         return loss, metrics
@@ -386,7 +458,9 @@ class Learner:
     def _check_finite(norms: dict[str, Tensor], phase: str) -> None:
         for name, norm in norms.items():
             if not torch.isfinite(norm):
-                raise FloatingPointError(f"{phase}: the gradient of head {name} is not finite; the last checkpoint is kept")
+                raise FloatingPointError(
+                    f"{phase}: the gradient of head {name} is not finite; the last checkpoint is kept"
+                )
 
 
 def _accumulate(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:

@@ -34,8 +34,15 @@ class Scores:
 class Reward:
     """Scores rollouts and natural text. A plain class; the pipeline makes it a Ray actor."""
 
-    def __init__(self, blueprint: Blueprint, trunk: Arrays | tuple[Any], heads: Arrays | tuple[Any], *,
-                 threads: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        trunk: Arrays | tuple[Any],
+        heads: Arrays | tuple[Any],
+        *,
+        threads: int,
+        device: str = "cpu",
+    ) -> None:
         torch.set_num_threads(threads)
         self.model = mount(blueprint, "reward", fetch(trunk), fetch(heads), device=device)
         self.version = -1
@@ -51,5 +58,6 @@ class Reward:
         mask = None if bool(rollout.attention_mask.all()) else rollout.attention_mask.to(self.device)
         features = self.model.reward_features(rollout.tokens.to(self.device), completion, mask)
         output = self.model.heads["reward"](features, completion)
-        return Scores(logits=output.logits.cpu(), token_logits=output.token_logits.cpu(), features=features.cpu(),
-                      version=version)
+        return Scores(
+            logits=output.logits.cpu(), token_logits=output.token_logits.cpu(), features=features.cpu(), version=version
+        )

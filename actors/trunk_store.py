@@ -39,8 +39,15 @@ class Blueprint:
     gelu: str = "none"
 
     def build(self, mode: str, *, lm_residual: int = 0) -> GPT:
-        return GPT(self.model, self.vocabulary, mode=mode, block_size=self.block_size, reward=self.reward,
-                   lm_residual=lm_residual, gelu=self.gelu)
+        return GPT(
+            self.model,
+            self.vocabulary,
+            mode=mode,
+            block_size=self.block_size,
+            reward=self.reward,
+            lm_residual=lm_residual,
+            gelu=self.gelu,
+        )
 
 
 def to_arrays(state: dict[str, Tensor]) -> Arrays:
@@ -73,8 +80,9 @@ def fetch(given: Arrays | tuple[Any]) -> Arrays:
     return ray.get(given[0], timeout=FETCH_TIMEOUT_S)
 
 
-def mount(blueprint: Blueprint, mode: str, trunk: Arrays, heads: Arrays, *, lm_residual: int = 0,
-          device: str = "cpu") -> GPT:
+def mount(
+    blueprint: Blueprint, mode: str, trunk: Arrays, heads: Arrays, *, lm_residual: int = 0, device: str = "cpu"
+) -> GPT:
     """A model whose trunk lies in the given (mapped) arrays and whose heads are copies of the given ones.
 
     Args:

@@ -47,8 +47,9 @@ class Adversary:
 
     def __init__(self, config: Config, dataset: Dataset, base: GPT, *, threads: int = 1, device: str = "cpu") -> None:
         self.config, grpo = config, config.grpo
-        blueprint = Blueprint(model=config.model, vocabulary=dataset.vocabulary, block_size=config.data.block_size,
-                              reward=config.reward)
+        blueprint = Blueprint(
+            model=config.model, vocabulary=dataset.vocabulary, block_size=config.data.block_size, reward=config.reward
+        )
         trunk = {name: array.copy() for name, array in to_arrays(base.trunk.state_dict()).items()}
         torch.manual_seed(config.run.seed)
         scratch = blueprint.build("generator")
@@ -58,10 +59,20 @@ class Adversary:
         remasking = resolve_policy(config.denoise.remasking, base, None)
         self.learner = Learner(blueprint, config, trunk, heads, remasking=remasking, device=device)
         self.generator = Generator(
-            blueprint, trunk, heads, settings=config.denoise, remasking=remasking,
-            policy_tokens=credited_tokens(grpo.policy_tokens, remasking), prompt_tokens=grpo.prompt_tokens,
-            group_size=grpo.group_size, min_neighbors_ratio=config.sampler.min_neighbors_ratio, seed=config.run.seed,
-            lm_residual=grpo.residual, threads=threads, device=device)
+            blueprint,
+            trunk,
+            heads,
+            settings=config.denoise,
+            remasking=remasking,
+            policy_tokens=credited_tokens(grpo.policy_tokens, remasking),
+            prompt_tokens=grpo.prompt_tokens,
+            group_size=grpo.group_size,
+            min_neighbors_ratio=config.sampler.min_neighbors_ratio,
+            seed=config.run.seed,
+            lm_residual=grpo.residual,
+            threads=threads,
+            device=device,
+        )
         self.reward = Reward(blueprint, trunk, self.learner.scoring_heads(), threads=threads, device=device)
         self.natural = Cursor(dataset, "train", grpo.prompts * grpo.group_size, config.data.block_size, config.run.seed)
         self.heads, self.scoring = self.learner.generator_heads(), self.learner.scoring_heads()
@@ -71,8 +82,15 @@ class Adversary:
         learner, grpo = self.learner, self.config.grpo
         natural = self.natural.batch(round)
         prompts = Batch(natural.tokens[:: grpo.group_size], natural.attention_mask[:: grpo.group_size])
-        rollout = self.generator.roll_out(self.heads, learner.version, learner.bias, round, torch.arange(grpo.prompts),
-                                          prompts.tokens, prompts.attention_mask)
+        rollout = self.generator.roll_out(
+            self.heads,
+            learner.version,
+            learner.bias,
+            round,
+            torch.arange(grpo.prompts),
+            prompts.tokens,
+            prompts.attention_mask,
+        )
         scores = self.reward.score(self.scoring, round, rollout)
         metrics = learner.remember(round, [rollout], [scores], natural, learner.natural_features(natural))
         if train_generator:
@@ -87,14 +105,27 @@ class Adversary:
         warmup = self.config.reward.warmup_rounds
         for round in range(warmup + self.config.grpo.rounds):
             first = round < warmup
-            on_round(round - warmup, self.round(round, train_generator=not first,
-                                                reward_steps=self.config.reward.warmup_steps if first else None))
+            on_round(
+                round - warmup,
+                self.round(
+                    round, train_generator=not first, reward_steps=self.config.reward.warmup_steps if first else None
+                ),
+            )
         return self.learner.model
 
 
-def generate(model: GPT, prompts: Batch, settings: DenoiseSection, *, prompt_tokens: int, seed: int,
-             temperature: float | None = None, steps: int | None = None, mask_bias: float = 0.0,
-             batch_size: int = 256) -> torch.Tensor:
+def generate(
+    model: GPT,
+    prompts: Batch,
+    settings: DenoiseSection,
+    *,
+    prompt_tokens: int,
+    seed: int,
+    temperature: float | None = None,
+    steps: int | None = None,
+    mask_bias: float = 0.0,
+    batch_size: int = 256,
+) -> torch.Tensor:
     """Continue natural rows [B, T] from their first `prompt_tokens`; returns [B, T] on the CPU."""
     settings = replace(settings, temperature=temperature or settings.temperature, steps=steps or settings.steps)
     device = next(model.parameters()).device
@@ -105,9 +136,21 @@ def generate(model: GPT, prompts: Batch, settings: DenoiseSection, *, prompt_tok
         completion = mask.clone()
         completion[:, :prompt_tokens] = False
         tokens = prompts.tokens[part].to(device).masked_fill(completion, model.vocabulary.mask_id)
-        out.append(denoise(model, tokens, seeds=seeds[part].to(device), steps=settings.steps, schedule=settings.schedule,
-                           temperature=settings.temperature, top_p=settings.top_p, remasking=settings.remasking,
-                           randomness=settings.randomness, protected=~completion,
-                           attention_mask=None if bool(mask.all()) else mask, sampler=settings.sampler,
-                           mask_bias=mask_bias).cpu())
+        out.append(
+            denoise(
+                model,
+                tokens,
+                seeds=seeds[part].to(device),
+                steps=settings.steps,
+                schedule=settings.schedule,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                remasking=settings.remasking,
+                randomness=settings.randomness,
+                protected=~completion,
+                attention_mask=None if bool(mask.all()) else mask,
+                sampler=settings.sampler,
+                mask_bias=mask_bias,
+            ).cpu()
+        )
     return torch.cat(out)

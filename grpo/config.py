@@ -51,7 +51,7 @@ class DataSection:
     tokenizer: str = "bytes"
     """`bytes`, `bpe:<size>` (trained on the source), a `.tiktoken` rank file, or a tiktoken encoding name."""
     layout: str = "blocks"
-    """`blocks`: documents joined by `separator` and read as windows of `block_size`. `documents`: one padded row each."""
+    """`blocks`: documents joined by `separator` and cut into windows of `block_size`. `documents`: a padded row each."""
     separator: str = "\n\n"
     """Text put between two documents in layout `blocks`."""
     block_size: int = 64
@@ -66,10 +66,17 @@ class DataSection:
     def __post_init__(self) -> None:
         _one_of("data.layout", self.layout, ("blocks", "documents"))
         _check(self.block_size >= 2, "data.block_size", "at least 2 tokens", self.block_size)
-        _check(0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction)
+        _check(
+            0 < self.validation_fraction < 1, "data.validation_fraction", "between 0 and 1", self.validation_fraction
+        )
         _check(0 <= self.judge_fraction < 1, "data.judge_fraction", "at least 0 and below 1", self.judge_fraction)
         total = self.validation_fraction + self.judge_fraction
-        _check(total < 1, "data.validation_fraction + data.judge_fraction", "below 1 (something must be left to train on)", total)
+        _check(
+            total < 1,
+            "data.validation_fraction + data.judge_fraction",
+            "below 1 (something must be left to train on)",
+            total,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +103,35 @@ class ModelSection:
     def __post_init__(self) -> None:
         _check(self.n_layer >= 1, "model.n_layer", "at least 1", self.n_layer)
         _check(self.n_head >= 1, "model.n_head", "at least 1", self.n_head)
-        _check(self.n_embd >= 1 and self.n_embd % self.n_head == 0, "model.n_embd",
-               f"a positive multiple of model.n_head ({self.n_head})", self.n_embd)
+        _check(
+            self.n_embd >= 1 and self.n_embd % self.n_head == 0,
+            "model.n_embd",
+            f"a positive multiple of model.n_head ({self.n_head})",
+            self.n_embd,
+        )
         _one_of("model.attention", self.attention, ("bidirectional", "causal"))
         _one_of("model.position", self.position, ("rotary", "learned"))
         if self.position == "rotary":
-            _check(self.n_embd // self.n_head % 2 == 0, "model.n_embd", "an even width per head for rotary positions", self.n_embd)
+            _check(
+                self.n_embd // self.n_head % 2 == 0,
+                "model.n_embd",
+                "an even width per head for rotary positions",
+                self.n_embd,
+            )
         _check(0 <= self.dropout < 1, "model.dropout", "at least 0 and below 1", self.dropout)
         if self.attention == "causal":
-            _check(not self.sampler, "model.sampler", "false when model.attention is causal (it needs both neighbours)", self.sampler)
-            _check(not self.critic, "model.critic", "false when model.attention is causal (it reads masked text)", self.critic)
+            _check(
+                not self.sampler,
+                "model.sampler",
+                "false when model.attention is causal (it needs both neighbours)",
+                self.sampler,
+            )
+            _check(
+                not self.critic,
+                "model.critic",
+                "false when model.attention is causal (it reads masked text)",
+                self.critic,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +149,9 @@ class CorruptionSection:
         for name in ("guaranteed_correct", "remask_ratio", "own_predictions"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"corruption.{name}", "between 0 and 1", value)
-        _check(self.proofreading_warmup >= 0, "corruption.proofreading_warmup", "0 or more steps", self.proofreading_warmup)
+        _check(
+            self.proofreading_warmup >= 0, "corruption.proofreading_warmup", "0 or more steps", self.proofreading_warmup
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +171,12 @@ class LossSection:
         _one_of("loss.objective", self.objective, ("corrective", "mdlm"))
         for name in ("weight_unmask", "weight_remask"):
             _check(getattr(self, name) >= 0, f"loss.{name}", "0 or more", getattr(self, name))
-        _check(0 <= self.penalty_mask_correct <= 1, "loss.penalty_mask_correct", "between 0 and 1", self.penalty_mask_correct)
+        _check(
+            0 <= self.penalty_mask_correct <= 1,
+            "loss.penalty_mask_correct",
+            "between 0 and 1",
+            self.penalty_mask_correct,
+        )
         _check(self.masking_warmup >= 0, "loss.masking_warmup", "0 or more steps", self.masking_warmup)
 
 
@@ -168,9 +201,24 @@ class MaskBiasSection:
         _check(0 < self.target < 1, "mask_bias.target", "a probability strictly between 0 and 1", self.target)
         _check(0 <= self.ema < 1, "mask_bias.ema", "at least 0 and below 1", self.ema)
         _check(self.bound > 0, "mask_bias.bound", "positive", self.bound)
-        _check(abs(self.initial) <= self.bound, "mask_bias.initial", f"within +-mask_bias.bound ({self.bound})", self.initial)
-        _check(self.k_i >= 0, "mask_bias.k_i", "0 or more (the sign is fixed: p(MASK) above target lowers the bias)", self.k_i)
-        _check(self.k_p >= 0, "mask_bias.k_p", "0 or more (the sign is fixed: p(MASK) above target lowers the bias)", self.k_p)
+        _check(
+            abs(self.initial) <= self.bound,
+            "mask_bias.initial",
+            f"within +-mask_bias.bound ({self.bound})",
+            self.initial,
+        )
+        _check(
+            self.k_i >= 0,
+            "mask_bias.k_i",
+            "0 or more (the sign is fixed: p(MASK) above target lowers the bias)",
+            self.k_i,
+        )
+        _check(
+            self.k_p >= 0,
+            "mask_bias.k_p",
+            "0 or more (the sign is fixed: p(MASK) above target lowers the bias)",
+            self.k_p,
+        )
         _one_of("mask_bias.applies_to", self.applies_to, ("sampling", "loss"))
 
 
@@ -203,7 +251,12 @@ class SamplerSection:
     def __post_init__(self) -> None:
         _check(self.start >= 0, "sampler.start", "0 or more steps", self.start)
         _check(0 <= self.side_dropout <= 1, "sampler.side_dropout", "between 0 and 1", self.side_dropout)
-        _check(0 < self.min_neighbors_ratio <= 1, "sampler.min_neighbors_ratio", "above 0 and at most 1", self.min_neighbors_ratio)
+        _check(
+            0 < self.min_neighbors_ratio <= 1,
+            "sampler.min_neighbors_ratio",
+            "above 0 and at most 1",
+            self.min_neighbors_ratio,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,11 +294,29 @@ class PretrainSection:
 
     def __post_init__(self) -> None:
         _one_of("pretrain.mode", self.mode, ("generator", "token_classifier", "sequence_scorer"))
-        _check(self.mode == "generator" or self.teacher, "pretrain.teacher", "the path of a generator checkpoint when pretrain.mode is not generator", self.teacher)
-        for name in ("steps", "batch_size", "micro_batches", "eval_every", "eval_rows", "checkpoint_every", "log_every", "num_workers"):
+        _check(
+            self.mode == "generator" or self.teacher,
+            "pretrain.teacher",
+            "the path of a generator checkpoint when pretrain.mode is not generator",
+            self.teacher,
+        )
+        for name in (
+            "steps",
+            "batch_size",
+            "micro_batches",
+            "eval_every",
+            "eval_rows",
+            "checkpoint_every",
+            "log_every",
+            "num_workers",
+        ):
             _check(getattr(self, name) >= 1, f"pretrain.{name}", "at least 1", getattr(self, name))
-        _check(self.batch_size % (self.num_workers * self.micro_batches) == 0, "pretrain.batch_size",
-               f"a multiple of num_workers x micro_batches ({self.num_workers * self.micro_batches})", self.batch_size)
+        _check(
+            self.batch_size % (self.num_workers * self.micro_batches) == 0,
+            "pretrain.batch_size",
+            f"a multiple of num_workers x micro_batches ({self.num_workers * self.micro_batches})",
+            self.batch_size,
+        )
         _check(self.learning_rate > 0, "pretrain.learning_rate", "positive", self.learning_rate)
         _check(self.grad_clip > 0, "pretrain.grad_clip", "positive", self.grad_clip)
         _one_of("pretrain.dtype", self.dtype, ("float32", "bfloat16"))
@@ -279,7 +350,12 @@ class DenoiseSection:
         _check(self.temperature > 0, "denoise.temperature", "positive", self.temperature)
         _check(0 < self.top_p <= 1, "denoise.top_p", "above 0 and at most 1", self.top_p)
         _one_of("denoise.remasking", self.remasking, REMASKING_POLICIES)
-        _check(self.remasking != "model" or self.remasking_model, "denoise.remasking_model", "a checkpoint path when denoise.remasking is model", self.remasking_model)
+        _check(
+            self.remasking != "model" or self.remasking_model,
+            "denoise.remasking_model",
+            "a checkpoint path when denoise.remasking is model",
+            self.remasking_model,
+        )
         _check(0 <= self.randomness <= 1, "denoise.randomness", "between 0 and 1", self.randomness)
 
 
@@ -339,9 +415,23 @@ class GrpoSection:
     """Checkpoints kept."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "prompts", "num_iterations", "num_workers", "rollout_actors", "checkpoint_every", "keep", "prompt_tokens"):
+        for name in (
+            "rounds",
+            "prompts",
+            "num_iterations",
+            "num_workers",
+            "rollout_actors",
+            "checkpoint_every",
+            "keep",
+            "prompt_tokens",
+        ):
             _check(getattr(self, name) >= 1, f"grpo.{name}", "at least 1", getattr(self, name))
-        _check(self.group_size >= 2, "grpo.group_size", "at least 2 (advantages are relative to the group)", self.group_size)
+        _check(
+            self.group_size >= 2,
+            "grpo.group_size",
+            "at least 2 (advantages are relative to the group)",
+            self.group_size,
+        )
         _one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         _one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         _one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
@@ -350,8 +440,18 @@ class GrpoSection:
         for name in ("kl", "anchor", "entropy", "credit_window", "residual"):
             _check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
         _check(self.learning_rate > 0, "grpo.learning_rate", "positive", self.learning_rate)
-        _check(self.rollout_actors % self.num_workers == 0, "grpo.rollout_actors", f"a multiple of grpo.num_workers ({self.num_workers})", self.rollout_actors)
-        _check(self.prompts % self.rollout_actors == 0, "grpo.prompts", f"a multiple of grpo.rollout_actors ({self.rollout_actors})", self.prompts)
+        _check(
+            self.rollout_actors % self.num_workers == 0,
+            "grpo.rollout_actors",
+            f"a multiple of grpo.num_workers ({self.num_workers})",
+            self.rollout_actors,
+        )
+        _check(
+            self.prompts % self.rollout_actors == 0,
+            "grpo.prompts",
+            f"a multiple of grpo.rollout_actors ({self.rollout_actors})",
+            self.prompts,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,12 +499,32 @@ class RewardSection:
         _one_of("reward.loss", self.loss, ("mse", "bce", "bradley_terry"))
         _one_of("reward.signal", self.signal, ("probability", "log_odds"))
         _check(len(self.layers) >= 1, "reward.layers", "at least one layer", self.layers)
-        _check(self.masked_passes == 0 or self.masked_passes >= 2, "reward.masked_passes", "0 or at least 2 (one pass would hide every neighbour)", self.masked_passes)
+        _check(
+            self.masked_passes == 0 or self.masked_passes >= 2,
+            "reward.masked_passes",
+            "0 or at least 2 (one pass would hide every neighbour)",
+            self.masked_passes,
+        )
         _check(0 <= self.smoothing < 0.5, "reward.smoothing", "at least 0 and below 0.5", self.smoothing)
         _check(0 <= self.ema < 1, "reward.ema", "at least 0 and below 1", self.ema)
-        _check(0.5 <= self.band_low < self.band_high <= 1, "reward.band_low", f"at least 0.5 and below reward.band_high ({self.band_high})", self.band_low)
-        _check(0 <= self.min_steps <= self.max_steps, "reward.min_steps", f"between 0 and reward.max_steps ({self.max_steps})", self.min_steps)
-        _check(self.batch_size >= 4 and self.batch_size % 2 == 0, "reward.batch_size", "an even number of at least 4", self.batch_size)
+        _check(
+            0.5 <= self.band_low < self.band_high <= 1,
+            "reward.band_low",
+            f"at least 0.5 and below reward.band_high ({self.band_high})",
+            self.band_low,
+        )
+        _check(
+            0 <= self.min_steps <= self.max_steps,
+            "reward.min_steps",
+            f"between 0 and reward.max_steps ({self.max_steps})",
+            self.min_steps,
+        )
+        _check(
+            self.batch_size >= 4 and self.batch_size % 2 == 0,
+            "reward.batch_size",
+            "an even number of at least 4",
+            self.batch_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,8 +571,18 @@ class Config:
     tracking: TrackingSection = field(default_factory=TrackingSection)
 
     def __post_init__(self) -> None:
-        _check(self.grpo.prompt_tokens < self.data.block_size, "grpo.prompt_tokens", f"below data.block_size ({self.data.block_size})", self.grpo.prompt_tokens)
+        _check(
+            self.grpo.prompt_tokens < self.data.block_size,
+            "grpo.prompt_tokens",
+            f"below data.block_size ({self.data.block_size})",
+            self.grpo.prompt_tokens,
+        )
         if self.denoise.sampler:
             _check(self.model.sampler, "denoise.sampler", "false unless model.sampler is true", self.denoise.sampler)
         if self.denoise.remasking == "critic":
-            _check(self.model.critic, "denoise.remasking", "another policy than critic unless model.critic is true", self.denoise.remasking)
+            _check(
+                self.model.critic,
+                "denoise.remasking",
+                "another policy than critic unless model.critic is true",
+                self.denoise.remasking,
+            )

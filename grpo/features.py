@@ -24,8 +24,16 @@ def feature_width(width: int, num_layers: int, masked_passes: int) -> int:
     return width * num_layers + (2 * width + 2 if masked_passes else 0)
 
 
-def reward_features(trunk: nn.Module, vocabulary: Vocabulary, tokens: Tensor, completion_mask: Tensor, *,
-                    attention_mask: Tensor | None, layers: tuple[int, ...], masked_passes: int) -> Tensor:
+def reward_features(
+    trunk: nn.Module,
+    vocabulary: Vocabulary,
+    tokens: Tensor,
+    completion_mask: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    layers: tuple[int, ...],
+    masked_passes: int,
+) -> Tensor:
     """Features of every token.
 
     Args:

@@ -61,8 +61,9 @@ def stage(config: Config, step: int) -> Stage:
     )
 
 
-def corrupt_batch(model: GPT, config: Config, stage: Stage, clean: Tensor, attention_mask: Tensor, *, seeds: Tensor,
-                  times: Tensor) -> Corrupted:
+def corrupt_batch(
+    model: GPT, config: Config, stage: Stage, clean: Tensor, attention_mask: Tensor, *, seeds: Tensor, times: Tensor
+) -> Corrupted:
     """Corrupt rows for the configured objective; replacements may come from the model's own predictions.
 
     Args:
@@ -79,8 +80,14 @@ def corrupt_batch(model: GPT, config: Config, stage: Stage, clean: Tensor, atten
             logits = model(blank.inputs, attention_mask=_visible(config, attention_mask))
             filled = fill_masks(blank.inputs, logits, vocabulary=model.vocabulary, seeds=seeds)
         own = torch.where(blank.masked, filled, model.vocabulary.mask_id)
-    return corrupt(clean, **rows, remask_ratio=stage.remask_ratio, own_predictions=own, own_share=share,
-                   guaranteed_correct=config.corruption.guaranteed_correct)
+    return corrupt(
+        clean,
+        **rows,
+        remask_ratio=stage.remask_ratio,
+        own_predictions=own,
+        own_share=share,
+        guaranteed_correct=config.corruption.guaranteed_correct,
+    )
 
 
 def counts(config: Config, stage: Stage, corrupted: Corrupted) -> Tensor:
@@ -90,14 +97,23 @@ def counts(config: Config, stage: Stage, corrupted: Corrupted) -> Tensor:
     elif config.loss.objective == "mdlm":
         generator = mdlm_denominator(corrupted)
     else:
-        generator = corrective_denominator(corrupted, weight_unmask=config.loss.weight_unmask,
-                                           weight_remask=config.loss.weight_remask)
+        generator = corrective_denominator(
+            corrupted, weight_unmask=config.loss.weight_unmask, weight_remask=config.loss.weight_remask
+        )
     critic = critic_counted(corrupted, config.critic.scope).sum().double()
     return torch.stack([generator, corrupted.masked.sum().double(), critic]).clamp(min=1e-9)
 
 
-def multitask_loss(model: GPT, config: Config, stage: Stage, corrupted: Corrupted, *, seeds: Tensor, totals: Tensor,
-                   mask_bias: Tensor | float) -> tuple[Tensor, dict[str, Tensor]]:
+def multitask_loss(
+    model: GPT,
+    config: Config,
+    stage: Stage,
+    corrupted: Corrupted,
+    *,
+    seeds: Tensor,
+    totals: Tensor,
+    mask_bias: Tensor | float,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Generator + sampler + alpha x critic on one part of a batch.
 
     Args:
@@ -114,26 +130,47 @@ def multitask_loss(model: GPT, config: Config, stage: Stage, corrupted: Corrupte
     totals = totals.float()
     if model.trunk.causal:
         logits = model(corrupted.clean, attention_mask=visible)
-        return next_token_loss(logits, corrupted.clean, attention_mask=corrupted.loss_mask, vocabulary=vocabulary,
-                               denominator=totals[0])
+        return next_token_loss(
+            logits, corrupted.clean, attention_mask=corrupted.loss_mask, vocabulary=vocabulary, denominator=totals[0]
+        )
     hidden = model.encode(corrupted.inputs, visible)
     logits = model.heads["lm"](hidden)
     if config.loss.objective == "mdlm":
         total, metrics = mdlm_loss(logits, corrupted, vocabulary=vocabulary, denominator=totals[0])
     else:
         total, metrics = corrective_loss(
-            logits, corrupted, vocabulary=vocabulary, denominator=totals[0], weight_unmask=config.loss.weight_unmask,
-            weight_remask=config.loss.weight_remask, penalty=stage.penalty, mask_bias=mask_bias,
-            applies_to=config.mask_bias.applies_to)
+            logits,
+            corrupted,
+            vocabulary=vocabulary,
+            denominator=totals[0],
+            weight_unmask=config.loss.weight_unmask,
+            weight_remask=config.loss.weight_remask,
+            penalty=stage.penalty,
+            mask_bias=mask_bias,
+            applies_to=config.mask_bias.applies_to,
+        )
     if stage.sampler:
-        loss, part = sampler_loss(model, hidden, corrupted.clean, corrupted.masked, seeds=seeds,
-                                  side_dropout=config.sampler.side_dropout, denominator=totals[1])
+        loss, part = sampler_loss(
+            model,
+            hidden,
+            corrupted.clean,
+            corrupted.masked,
+            seeds=seeds,
+            side_dropout=config.sampler.side_dropout,
+            denominator=totals[1],
+        )
         total, metrics = total + loss, metrics | part
     if stage.critic_weight:
         if stage.sampler:
-            filled = wavefront_fill(model, hidden.detach(), corrupted.inputs, seeds=seeds, step=CRITIC_STEP,
-                                    attention_mask=visible,
-                                    min_neighbors_ratio=config.sampler.min_neighbors_ratio).tokens
+            filled = wavefront_fill(
+                model,
+                hidden.detach(),
+                corrupted.inputs,
+                seeds=seeds,
+                step=CRITIC_STEP,
+                attention_mask=visible,
+                min_neighbors_ratio=config.sampler.min_neighbors_ratio,
+            ).tokens
         else:
             filled = fill_masks(corrupted.inputs, logits.detach(), vocabulary=vocabulary, seeds=seeds)
         scores = model.heads["critic"](model.encode(filled, visible))

@@ -27,13 +27,16 @@ def trainable_parts(modules: dict[str, nn.Module | Iterable[nn.Parameter]]) -> P
     return {name: parameters for name, parameters in parts.items() if parameters}
 
 
-def make_optimizer(parts: Parts, *, learning_rate: float, weight_decay: float = 0.0,
-                   betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.AdamW:
+def make_optimizer(
+    parts: Parts, *, learning_rate: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)
+) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101), fused, with two groups per part: decayed matrices and undecayed vectors."""
     groups = []
     for name, parameters in parts.items():
-        for decay, members in ((weight_decay, [p for p in parameters if p.dim() >= 2]),
-                               (0.0, [p for p in parameters if p.dim() < 2])):
+        for decay, members in (
+            (weight_decay, [p for p in parameters if p.dim() >= 2]),
+            (0.0, [p for p in parameters if p.dim() < 2]),
+        ):
             if members:
                 groups.append({"params": members, "weight_decay": decay, "part": name})
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
@@ -64,8 +67,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def flat_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors under plain names, for a safetensors file: `<parameter index>.<field>`."""
-    return {f"{index}.{name}": torch.as_tensor(value) for index, fields in optimizer.state_dict()["state"].items()
-            for name, value in fields.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, fields in optimizer.state_dict()["state"].items()
+        for name, value in fields.items()
+    }
 
 
 def load_flat_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

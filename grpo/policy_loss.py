@@ -50,13 +50,20 @@ def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: 
 
 
 def equal_groups(rewards: Tensor) -> Tensor:
-    """Number of groups whose samples all have the same reward: they contribute nothing. rewards: [N, G] or [N, G, T]."""
+    """Number of groups of equal rewards, which contribute nothing. rewards: [N, G] or [N, G, T]."""
     same = (rewards.amax(1) == rewards.amin(1)).flatten(1) if rewards.dim() > 2 else rewards.amax(1) == rewards.amin(1)
     return (same.all(1) if same.dim() > 1 else same).sum()
 
 
-def action_weights(rows: Tensor, num_rows: int, *, loss: str, total_rows: Tensor | int, total_actions: Tensor | int,
-                   actions_per_row: int) -> Tensor:
+def action_weights(
+    rows: Tensor,
+    num_rows: int,
+    *,
+    loss: str,
+    total_rows: Tensor | int,
+    total_actions: Tensor | int,
+    actions_per_row: int,
+) -> Tensor:
     """Weight of each action in the loss, denominators included.
 
     Args:
@@ -89,13 +96,16 @@ def likelihood_ratios(logprobs: Tensor, behaviour: Tensor, *, rows: Tensor, num_
     log_ratio = logprobs - behaviour
     if loss == "gspo":
         counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
-        sums = torch.zeros(num_rows, dtype=log_ratio.dtype, device=log_ratio.device).index_add(0, rows, log_ratio.detach())
+        sums = torch.zeros(num_rows, dtype=log_ratio.dtype, device=log_ratio.device).index_add(
+            0, rows, log_ratio.detach()
+        )
         log_ratio = (sums / counts)[rows] + logprobs - logprobs.detach()
     return log_ratio.exp()
 
 
-def clipped_policy_loss(ratios: Tensor, advantages: Tensor, weights: Tensor, *, epsilon_low: float,
-                        epsilon_high: float) -> tuple[Tensor, dict[str, Tensor]]:
+def clipped_policy_loss(
+    ratios: Tensor, advantages: Tensor, weights: Tensor, *, epsilon_low: float, epsilon_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """- sum of weight x min(ratio A, clip(ratio, 1 - low, 1 + high) A) (GRPO eq. 3, DAPO's two-sided range).
 
     Args:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from grpo.metrics import weighted_sum
 
-
 ENTROPY_INTEGRAL_GAIN = 0.1
 ENTROPY_PROPORTIONAL_GAIN = 2.0
 
@@ -31,8 +30,16 @@ def log_odds(logits: Tensor) -> Tensor:
     return logits[:, 0] - logits[:, 1]
 
 
-def discriminator_loss(logits: Tensor, token_logits: Tensor, natural: Tensor, completion_mask: Tensor, *, loss: str,
-                       smoothing: float, total_texts: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
+def discriminator_loss(
+    logits: Tensor,
+    token_logits: Tensor,
+    natural: Tensor,
+    completion_mask: Tensor,
+    *,
+    loss: str,
+    smoothing: float,
+    total_texts: Tensor | int,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Pooled loss plus per-token cross-entropy, summed over texts and divided by their global number.
 
     Args:
@@ -66,7 +73,9 @@ def discriminator_loss(logits: Tensor, token_logits: Tensor, natural: Tensor, co
         wanted = torch.full_like(margin, 1 - smoothing)
         pooled = 2 * F.binary_cross_entropy_with_logits(margin, wanted, reduction="sum")
     lengths = completion_mask.sum(-1).clamp(min=1)
-    per_token = F.binary_cross_entropy_with_logits(token_logits, target[:, None].expand_as(token_logits), reduction="none")
+    per_token = F.binary_cross_entropy_with_logits(
+        token_logits, target[:, None].expand_as(token_logits), reduction="none"
+    )
     token = ((per_token * completion_mask).sum(-1) / lengths).sum()
     total = (pooled + token) / total_texts
     count = torch.ones((), device=logits.device) * len(logits)
@@ -78,8 +87,9 @@ def discriminator_loss(logits: Tensor, token_logits: Tensor, natural: Tensor, co
     return total, metrics
 
 
-def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor, *, credit: str, signal: str,
-                  window: int = 0) -> Tensor:
+def dense_rewards(
+    logits: Tensor, token_logits: Tensor, completion_mask: Tensor, *, credit: str, signal: str, window: int = 0
+) -> Tensor:
     """What each completion token earns.
 
     Args:
@@ -98,11 +108,15 @@ def dense_rewards(logits: Tensor, token_logits: Tensor, completion_mask: Tensor,
     else:
         rewards = shape(token_logits)
         if credit == "both":
-            mean = (rewards * completion_mask).sum(-1, keepdim=True) / completion_mask.sum(-1, keepdim=True).clamp(min=1)
+            mean = (rewards * completion_mask).sum(-1, keepdim=True) / completion_mask.sum(-1, keepdim=True).clamp(
+                min=1
+            )
             rewards = rewards + mean
         elif credit == "window":
-            sums, counts = (F.avg_pool1d(x[:, None], 2 * window + 1, stride=1, padding=window)[:, 0]
-                            for x in (rewards * completion_mask, completion_mask.to(rewards.dtype)))
+            sums, counts = (
+                F.avg_pool1d(x[:, None], 2 * window + 1, stride=1, padding=window)[:, 0]
+                for x in (rewards * completion_mask, completion_mask.to(rewards.dtype))
+            )
             rewards = sums / counts.clamp(min=1e-6)
     return rewards * completion_mask
 
@@ -122,8 +136,9 @@ def entropy_coefficient(integral: float, entropy: float, target: float) -> tuple
     return integral, integral + ENTROPY_PROPORTIONAL_GAIN * error
 
 
-def reward_steps(current: int, accuracy: float, *, band_low: float, band_high: float, min_steps: int,
-                 max_steps: int) -> int:
+def reward_steps(
+    current: int, accuracy: float, *, band_low: float, band_high: float, min_steps: int, max_steps: int
+) -> int:
     """Reward steps of the next round: one more below the accuracy band, one fewer above it (DESIGN 10)."""
     wanted = current + (accuracy < band_low) - (accuracy > band_high)
     return min(max(wanted, min_steps), max_steps)

@@ -75,15 +75,30 @@ def credited_tokens(policy_tokens: str, remasking: str) -> str:
     if policy_tokens == "auto":
         return "kept" if remasking == "random" else "all"
     if policy_tokens == "kept" and remasking != "random":
-        raise ValueError(f"grpo.policy_tokens must be all or auto when denoise.remasking is {remasking} "
-                         "(the remasker chose by the proposals, so discarded ones must be credited too), got 'kept'")
+        raise ValueError(
+            f"grpo.policy_tokens must be all or auto when denoise.remasking is {remasking} "
+            "(the remasker chose by the proposals, so discarded ones must be credited too), got 'kept'"
+        )
     return policy_tokens
 
 
 @torch.no_grad()
-def roll_out(model: GPT, prompts: Tensor, attention_mask: Tensor, *, prompt_tokens: int, group_size: int,
-             seeds: Tensor, settings: DenoiseSection, remasking: str, policy_tokens: str, mask_bias: float,
-             min_neighbors_ratio: float, policy_version: int, remasking_model: GPT | None = None) -> Rollout:
+def roll_out(
+    model: GPT,
+    prompts: Tensor,
+    attention_mask: Tensor,
+    *,
+    prompt_tokens: int,
+    group_size: int,
+    seeds: Tensor,
+    settings: DenoiseSection,
+    remasking: str,
+    policy_tokens: str,
+    mask_bias: float,
+    min_neighbors_ratio: float,
+    policy_version: int,
+    remasking_model: GPT | None = None,
+) -> Rollout:
     """Continue each prompt `group_size` times and record the credited actions.
 
     Args:
@@ -97,7 +112,6 @@ def roll_out(model: GPT, prompts: Tensor, attention_mask: Tensor, *, prompt_toke
     Returns:
         A `Rollout` on the CPU.
     """
-    device = prompts.device
     tokens = prompts.repeat_interleave(group_size, 0)
     visible = attention_mask.repeat_interleave(group_size, 0)
     completion = visible.clone()
@@ -105,22 +119,49 @@ def roll_out(model: GPT, prompts: Tensor, attention_mask: Tensor, *, prompt_toke
     mask = None if bool(attention_mask.all()) else visible
     records: list[StepRecord] = []
     if model.trunk.causal:
-        record = generate(model, tokens[:, :prompt_tokens], num_new=tokens.shape[1] - prompt_tokens,
-                          temperature=settings.temperature, top_p=settings.top_p, seeds=seeds, record=True)
+        record = generate(
+            model,
+            tokens[:, :prompt_tokens],
+            num_new=tokens.shape[1] - prompt_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seeds=seeds,
+            record=True,
+        )
         final = torch.where(visible, record.tokens, tokens)
         parts = [_actions(record, completion)]
     else:
-        final = denoise(model, tokens.masked_fill(completion, model.vocabulary.mask_id), seeds=seeds,
-                        steps=settings.steps, schedule=settings.schedule, temperature=settings.temperature,
-                        top_p=settings.top_p, remasking=remasking, randomness=settings.randomness,
-                        protected=~completion, attention_mask=mask, sampler=settings.sampler,
-                        min_neighbors_ratio=min_neighbors_ratio, mask_bias=mask_bias,
-                        remasking_model=remasking_model, on_step=records.append)
+        final = denoise(
+            model,
+            tokens.masked_fill(completion, model.vocabulary.mask_id),
+            seeds=seeds,
+            steps=settings.steps,
+            schedule=settings.schedule,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            remasking=remasking,
+            randomness=settings.randomness,
+            protected=~completion,
+            attention_mask=mask,
+            sampler=settings.sampler,
+            min_neighbors_ratio=min_neighbors_ratio,
+            mask_bias=mask_bias,
+            remasking_model=remasking_model,
+            on_step=records.append,
+        )
         parts = [_actions(r, r.masked & ~r.remask if policy_tokens == "kept" else r.masked) for r in records]
-    actions = {name: None if parts[0][name] is None else torch.cat([part[name] for part in parts])
-               for name in ACTION_FIELDS}
-    return Rollout(tokens=final, attention_mask=visible, completion_mask=completion, group_size=group_size,
-                   temperature=settings.temperature, policy_version=policy_version, **actions).to("cpu")
+    actions = {
+        name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in ACTION_FIELDS
+    }
+    return Rollout(
+        tokens=final,
+        attention_mask=visible,
+        completion_mask=completion,
+        group_size=group_size,
+        temperature=settings.temperature,
+        policy_version=policy_version,
+        **actions,
+    ).to("cpu")
 
 
 def _actions(record: StepRecord, credited: Tensor) -> dict[str, Tensor | None]:
@@ -128,9 +169,17 @@ def _actions(record: StepRecord, credited: Tensor) -> dict[str, Tensor | None]:
     chosen = credited[record.masked]
     rows, positions = credited.nonzero(as_tuple=True)
     pick = lambda x: None if x is None else x[chosen]  # noqa: E731
-    return {"hidden": pick(record.hidden), "actions": record.proposals[rows, positions], "rows": rows,
-            "positions": positions, "steps": torch.full_like(rows, record.step), "logprobs": pick(record.logprobs),
-            "neighbors": pick(record.neighbors), "by_lm": pick(record.by_lm), "support": pick(record.support)}
+    return {
+        "hidden": pick(record.hidden),
+        "actions": record.proposals[rows, positions],
+        "rows": rows,
+        "positions": positions,
+        "steps": torch.full_like(rows, record.step),
+        "logprobs": pick(record.logprobs),
+        "neighbors": pick(record.neighbors),
+        "by_lm": pick(record.by_lm),
+        "support": pick(record.support),
+    }
 
 
 def policy_log_probs(model: GPT, rollout: Rollout, part: slice | Tensor = slice(None)) -> Tensor:
@@ -160,5 +209,8 @@ def split_rows(rollout: Rollout, num_parts: int) -> list[tuple[Tensor, slice]]:
     """
     groups = len(rollout.tokens) // rollout.group_size
     edges = [groups * i // num_parts * rollout.group_size for i in range(num_parts + 1)]
-    return [(((rollout.rows >= low) & (rollout.rows < high)).nonzero().squeeze(-1), slice(low, high))
-            for low, high in zip(edges, edges[1:], strict=False) if high > low]
+    return [
+        (((rollout.rows >= low) & (rollout.rows < high)).nonzero().squeeze(-1), slice(low, high))
+        for low, high in zip(edges, edges[1:], strict=False)
+        if high > low
+    ]

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # `python pipelines/evaluate.py` puts pipelines/ fir
 
 # ruff: noqa: E402
 import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +31,7 @@ from grpo.autoregress import generate
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, from_dict, to_dict
-from grpo.data import Batch, Dataset, open_dataset, windows
+from grpo.data import Batch, open_dataset, windows
 from grpo.denoise import denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
@@ -61,9 +60,18 @@ def fit_judge(config: Config, dataset: Path) -> Path:
 
 
 @torch.no_grad()
-def complete(model: GPT, prompts: Batch, settings: DenoiseSection, *, prompt_tokens: int, seed: int,
-             mask_bias: float = 0.0, min_neighbors_ratio: float = 0.01, remasking_model: GPT | None = None,
-             batch_size: int = 256) -> Tensor:
+def complete(
+    model: GPT,
+    prompts: Batch,
+    settings: DenoiseSection,
+    *,
+    prompt_tokens: int,
+    seed: int,
+    mask_bias: float = 0.0,
+    min_neighbors_ratio: float = 0.01,
+    remasking_model: GPT | None = None,
+    batch_size: int = 256,
+) -> Tensor:
     """Continue natural rows [B, T] from their first `prompt_tokens` tokens; returns [B, T] on the CPU."""
     device = next(model.parameters()).device
     seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
@@ -75,16 +83,35 @@ def complete(model: GPT, prompts: Batch, settings: DenoiseSection, *, prompt_tok
         tokens = prompts.tokens[part].to(device)
         mask = None if bool(visible.all()) else visible
         if model.trunk.causal:
-            new = generate(model, tokens[:, :prompt_tokens], num_new=tokens.shape[1] - prompt_tokens,
-                           temperature=settings.temperature, top_p=settings.top_p, seeds=seeds[part].to(device))
+            new = generate(
+                model,
+                tokens[:, :prompt_tokens],
+                num_new=tokens.shape[1] - prompt_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seeds=seeds[part].to(device),
+            )
             out.append(torch.where(completion, new, tokens).cpu())
             continue
-        out.append(denoise(model, tokens.masked_fill(completion, model.vocabulary.mask_id),
-                           seeds=seeds[part].to(device), steps=settings.steps, schedule=settings.schedule,
-                           temperature=settings.temperature, top_p=settings.top_p, remasking=settings.remasking,
-                           randomness=settings.randomness, protected=~completion, attention_mask=mask,
-                           sampler=settings.sampler, min_neighbors_ratio=min_neighbors_ratio, mask_bias=mask_bias,
-                           remasking_model=remasking_model).cpu())
+        out.append(
+            denoise(
+                model,
+                tokens.masked_fill(completion, model.vocabulary.mask_id),
+                seeds=seeds[part].to(device),
+                steps=settings.steps,
+                schedule=settings.schedule,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                remasking=settings.remasking,
+                randomness=settings.randomness,
+                protected=~completion,
+                attention_mask=mask,
+                sampler=settings.sampler,
+                min_neighbors_ratio=min_neighbors_ratio,
+                mask_bias=mask_bias,
+                remasking_model=remasking_model,
+            ).cpu()
+        )
     return torch.cat(out)
 
 
@@ -98,7 +125,7 @@ class Setting:
         self.start = config.grpo.prompt_tokens
         self.natural = windows(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         other = windows(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)
-        self.other, self.held_out = other.tokens[:num], other.tokens[num:, self.start:]
+        self.other, self.held_out = other.tokens[:num], other.tokens[num:, self.start :]
         self.judge = load_model(judge).eval()
         self.mask_bias = config.mask_bias.initial
         self.remasking_model = None
@@ -111,15 +138,27 @@ class Setting:
 
     def texts(self, temperature: float) -> Tensor:
         """[B, T] completions of the evaluation prompts."""
-        return complete(self.model, self.natural, replace(self.config.denoise, temperature=temperature),
-                        prompt_tokens=self.start, seed=self.config.run.seed, mask_bias=self.mask_bias,
-                        min_neighbors_ratio=self.config.sampler.min_neighbors_ratio,
-                        remasking_model=self.remasking_model)
+        return complete(
+            self.model,
+            self.natural,
+            replace(self.config.denoise, temperature=temperature),
+            prompt_tokens=self.start,
+            seed=self.config.run.seed,
+            mask_bias=self.mask_bias,
+            min_neighbors_ratio=self.config.sampler.min_neighbors_ratio,
+            remasking_model=self.remasking_model,
+        )
 
     def report(self, texts: Tensor, beside: Tensor) -> dict[str, Any]:
         mask = None if bool(self.natural.attention_mask.all()) else self.natural.attention_mask
-        return quality_report(beside, texts, start=self.start, held_out=self.held_out, mask=mask,
-                              judge=lambda tokens: judge_nll(self.judge, tokens, self.start, mask))
+        return quality_report(
+            beside,
+            texts,
+            start=self.start,
+            held_out=self.held_out,
+            mask=mask,
+            judge=lambda tokens: judge_nll(self.judge, tokens, self.start, mask),
+        )
 
 
 def measure_natural(config: Config, dataset: Path, judge: Path) -> dict[str, Any]:
@@ -128,8 +167,9 @@ def measure_natural(config: Config, dataset: Path, judge: Path) -> dict[str, Any
     return setting.report(setting.natural.tokens, setting.other)
 
 
-def measure(config: Config, dataset: Path, judge: Path, checkpoint: Path,
-            match_entropy: float | None = None) -> dict[str, Any]:
+def measure(
+    config: Config, dataset: Path, judge: Path, checkpoint: Path, match_entropy: float | None = None
+) -> dict[str, Any]:
     """The row of a generator, at `denoise.temperature` or at the temperature that gives a token entropy.
 
     Returns:
@@ -138,23 +178,39 @@ def measure(config: Config, dataset: Path, judge: Path, checkpoint: Path,
     setting = Setting(config, dataset, judge, checkpoint)
     temperature = config.denoise.temperature
     if match_entropy is not None:
-        temperature, *_ = temperature_matching_entropy(lambda t: setting.texts(t)[:, setting.start:], match_entropy)
+        temperature, *_ = temperature_matching_entropy(lambda t: setting.texts(t)[:, setting.start :], match_entropy)
     texts = setting.texts(temperature)
     decode = setting.data.tokenizer.decode
-    samples = [[decode(row[: setting.start].tolist()), decode(row[setting.start:].tolist())]
-               for row in texts[:SAMPLES_SHOWN]]
-    bound = validation_bound(setting.model, windows(setting.data, "validation", min(config.pretrain.eval_rows, len(texts)),
-                                                    config.data.block_size, VALIDATION_WINDOWS_SEED),
-                             setting.data.bytes_per_token("validation"))
-    return {**setting.report(texts, setting.natural.tokens), "temperature": temperature, "samples": samples,
-            "nelbo_bpb": bound["val_bpb"]}
+    samples = [
+        [decode(row[: setting.start].tolist()), decode(row[setting.start :].tolist())] for row in texts[:SAMPLES_SHOWN]
+    ]
+    bound = validation_bound(
+        setting.model,
+        windows(
+            setting.data,
+            "validation",
+            min(config.pretrain.eval_rows, len(texts)),
+            config.data.block_size,
+            VALIDATION_WINDOWS_SEED,
+        ),
+        setting.data.bytes_per_token("validation"),
+    )
+    return {
+        **setting.report(texts, setting.natural.tokens),
+        "temperature": temperature,
+        "samples": samples,
+        "nelbo_bpb": bound["val_bpb"],
+    }
 
 
 def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Print rows of measurements."""
     columns = ["temperature", *SHOWN]
-    summary_table(title, [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
-                  ["text", "temperature", "judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS"])
+    summary_table(
+        title,
+        [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
+        ["text", "temperature", "judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS"],
+    )
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
@@ -170,13 +226,20 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         start_ray()
         display.note("training or loading the judge")
         judge = ray.get(ray.remote(fit_judge).remote(config, dataset))
-        tasks = {"natural": ray.remote(measure_natural).remote(config, dataset, judge),
-                 "generated": ray.remote(measure).remote(config, dataset, judge, checkpoint)}
+        tasks = {
+            "natural": ray.remote(measure_natural).remote(config, dataset, judge),
+            "generated": ray.remote(measure).remote(config, dataset, judge, checkpoint),
+        }
         rows = {name: ray.get(task) for name, task in tasks.items()}
     quality_table(f"{checkpoint}", rows)
     return rows
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, arguments=lambda parser: parser.add_argument(
-        "--checkpoint", required=True, help="checkpoint folder, or a run's folder"))
+    launch(
+        main,
+        __doc__,
+        arguments=lambda parser: parser.add_argument(
+            "--checkpoint", required=True, help="checkpoint folder, or a run's folder"
+        ),
+    )

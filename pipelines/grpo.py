@@ -36,18 +36,19 @@ import torch
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, to_arrays
-from grpo.checkpoint import load_checkpoint, load_model
+from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
-from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.trajectory import credited_tokens
 from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
-from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, _alone as alone, pretrain, _write_json as write_json
+from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, pretrain
+from pipelines.pretrain import _alone as alone
+from pipelines.pretrain import _write_json as write_json
 from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals
 from pipelines.ranks import beside_main_thread
 from pipelines.rounds import Job, newest_round, worker_loop
@@ -73,21 +74,41 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         paths, config = _prepare(config, display)
         save_config(config, folder / "config.yaml")
         meta = open_dataset(paths.dataset).meta
-        with Tracker(config.tracking, folder, name, config=to_dict(config), start_step=newest_round(folder) + 1) as tracker:
+        with Tracker(
+            config.tracking, folder, name, config=to_dict(config), start_step=newest_round(folder) + 1
+        ) as tracker:
             tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
             summary = {
-                "wall_s": time.monotonic() - started, "rounds": config.grpo.rounds, "seed": config.run.seed,
-                **{row: {key: value for key, value in figures.items() if key != "samples"} for row, figures in rows.items()},
-                "nelbo_bpb": rows["final"]["nelbo_bpb"], "mlflow_run_id": tracker.run_id,
+                "wall_s": time.monotonic() - started,
+                "rounds": config.grpo.rounds,
+                "seed": config.run.seed,
+                **{
+                    row: {key: value for key, value in figures.items() if key != "samples"}
+                    for row, figures in rows.items()
+                },
+                "nelbo_bpb": rows["final"]["nelbo_bpb"],
+                "mlflow_run_id": tracker.run_id,
             }
             write_json(folder / "summary.json", summary)
-            tracker.log({f"{row}/{key}": value for row, figures in rows.items() for key, value in figures.items()
-                         if isinstance(value, float)}, len(history))
-            tracker.table("samples", [[row, *sample] for row in ("base", "final") for sample in rows[row]["samples"]],
-                          ["model", "prompt", "completion"])
-            targets = {"reward_accuracy": (config.reward.band_low, config.reward.band_high),
-                       "p_mask_unmask": (config.mask_bias.target,)}
+            tracker.log(
+                {
+                    f"{row}/{key}": value
+                    for row, figures in rows.items()
+                    for key, value in figures.items()
+                    if isinstance(value, float)
+                },
+                len(history),
+            )
+            tracker.table(
+                "samples",
+                [[row, *sample] for row in ("base", "final") for sample in rows[row]["samples"]],
+                ["model", "prompt", "completion"],
+            )
+            targets = {
+                "reward_accuracy": (config.reward.band_low, config.reward.band_high),
+                "p_mask_unmask": (config.mask_bias.target,),
+            }
             tracker.figure("rounds", grpo_figure(series(history), targets=targets))
             tracker.artifact(folder / "final", "model")
             tracker.artifact(folder / "summary.json")
@@ -106,21 +127,27 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     base = find_checkpoint(config.grpo.base) if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
     if shape.vocabulary != open_dataset(dataset).vocabulary or shape.block_size != config.data.block_size:
-        raise ValueError(f"grpo.base {base} was trained with another tokenizer or data.block_size "
-                         f"({shape.vocabulary.base_size} base tokens, {shape.block_size}) than this data "
-                         f"({open_dataset(dataset).vocabulary.base_size}, {config.data.block_size})")
+        raise ValueError(
+            f"grpo.base {base} was trained with another tokenizer or data.block_size "
+            f"({shape.vocabulary.base_size} base tokens, {shape.block_size}) than this data "
+            f"({open_dataset(dataset).vocabulary.base_size}, {config.data.block_size})"
+        )
     display.note("waiting for the judge")
     return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
 
 
-def _train_and_measure(config: Config, paths: Paths, folder: Path, tracker: Tracker,
-                       display: Display) -> tuple[list[dict[str, float]], dict[str, dict[str, Any]]]:
+def _train_and_measure(
+    config: Config, paths: Paths, folder: Path, tracker: Tracker, display: Display
+) -> tuple[list[dict[str, float]], dict[str, dict[str, Any]]]:
     """Measure the base, train, measure again; returns the rounds' history and a row of figures per text."""
     import ray
 
     what = (config, paths.dataset, paths.judge)
     display.note("measuring the base model")
-    before = {"natural": ray.remote(measure_natural).remote(*what), "base": ray.remote(measure).remote(*what, paths.base)}
+    before = {
+        "natural": ray.remote(measure_natural).remote(*what),
+        "base": ray.remote(measure).remote(*what, paths.base),
+    }
     rows = {name: ray.get(task) for name, task in before.items()}
     with _actors(config, paths) as job:
         history = _fit(replace(job, folder=folder, mlflow_run=tracker.run_id), display)
@@ -137,8 +164,9 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
 
     grpo, device = config.grpo, "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     base = load_model(paths.base)
-    blueprint = Blueprint(model=base.model, vocabulary=base.vocabulary, block_size=base.block_size,
-                          reward=config.reward, gelu=base.gelu)
+    blueprint = Blueprint(
+        model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
+    )
     remasking = resolve_policy(config.denoise.remasking, base, None)
     base.untie(grpo.residual)
     trunk, heads = publish(base.trunk.state_dict()), publish(base.heads.state_dict())
@@ -147,16 +175,39 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
     resources = {"num_cpus": 0, "num_gpus": 0.25 if device == "cuda" else 0, "max_restarts": 3, "max_task_retries": 3}
     remote_generator, remote_reward = (ray.remote(**resources)(kind) for kind in (Generator, Reward))
-    generators = [remote_generator.remote(
-        blueprint, (trunk,), (heads,), settings=config.denoise, remasking=remasking,
-        policy_tokens=credited_tokens(grpo.policy_tokens, remasking), prompt_tokens=grpo.prompt_tokens,
-        group_size=grpo.group_size, min_neighbors_ratio=config.sampler.min_neighbors_ratio, seed=config.run.seed,
-        lm_residual=grpo.residual, **common) for _ in range(grpo.rollout_actors)]
+    generators = [
+        remote_generator.remote(
+            blueprint,
+            (trunk,),
+            (heads,),
+            settings=config.denoise,
+            remasking=remasking,
+            policy_tokens=credited_tokens(grpo.policy_tokens, remasking),
+            prompt_tokens=grpo.prompt_tokens,
+            group_size=grpo.group_size,
+            min_neighbors_ratio=config.sampler.min_neighbors_ratio,
+            seed=config.run.seed,
+            lm_residual=grpo.residual,
+            **common,
+        )
+        for _ in range(grpo.rollout_actors)
+    ]
     rewards = [remote_reward.remote(blueprint, (trunk,), (scoring,), **common) for _ in range(grpo.rollout_actors)]
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
-        yield Job(config=config, dataset=paths.dataset, folder=Path(), blueprint=blueprint, remasking=remasking,
-                  trunk=(trunk,), heads=(heads,), generators=generators, rewards=rewards, board=board, mlflow_run=None)
+        yield Job(
+            config=config,
+            dataset=paths.dataset,
+            folder=Path(),
+            blueprint=blueprint,
+            remasking=remasking,
+            trunk=(trunk,),
+            heads=(heads,),
+            generators=generators,
+            rewards=rewards,
+            board=board,
+            mlflow_run=None,
+        )
     finally:
         for actor in (*generators, *rewards, board):
             ray.kill(actor)
@@ -172,16 +223,25 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     scratch = job.folder / "ray-train"
     display.phase("adversarial rounds", newest_round(job.folder), total)
     trainer = TorchTrainer(
-        worker_loop, train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(num_workers=job.config.grpo.num_workers,
-                                               use_gpu=bool(ray.cluster_resources().get("GPU")),
-                                               resources_per_worker={"CPU": 1}),
+        worker_loop,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.config.grpo.num_workers,
+            use_gpu=bool(ray.cluster_resources().get("GPU")),
+            resources_per_worker={"CPU": 1},
+        ),
         run_config=ray.train.RunConfig(
-            name=f"fit-{time.time_ns()}", storage_path=str(scratch),
+            name=f"fit-{time.time_ns()}",
+            storage_path=str(scratch),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR")))
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
     board = job.board
-    with stop_on_signals(lambda: board.stop.remote()), follow(lambda: ray.get(board.drain.remote(), timeout=10), display):
+    with (
+        stop_on_signals(lambda: board.stop.remote()),
+        follow(lambda: ray.get(board.drain.remote(), timeout=10), display),
+    ):
         result = beside_main_thread(trainer.fit).return_value
     shutil.rmtree(scratch, ignore_errors=True)
     if "stopped" in result:
@@ -192,14 +252,19 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
 
 def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:
     prompt, completion = rows["final"]["samples"][0]
-    quality_table(f"{folder.name}: {config.denoise.steps} denoising steps, {config.evaluation.samples} texts, "
-                  f"{summary['wall_s']:.0f} s", rows)
+    quality_table(
+        f"{folder.name}: {config.denoise.steps} denoising steps, {config.evaluation.samples} texts, "
+        f"{summary['wall_s']:.0f} s",
+        rows,
+    )
     gain = rows["base_matched"]["judge_nll"] - rows["final"]["judge_nll"]
-    print(f"judge NLL of the final model against its base at the same token entropy: {gain:+.3f} nats per token better\n"
-          f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
-          f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
-          f"curves    mlflow ui --backend-store-uri {config.tracking.uri}\n"
-          f"look      python pipelines/sample.py --checkpoint {folder / 'final'} --live")
+    print(
+        f"judge NLL of the final model against its base at the same token entropy: {gain:+.3f} nats per token better\n"
+        f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
+        f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
+        f"curves    mlflow ui --backend-store-uri {config.tracking.uri}\n"
+        f"look      python pipelines/sample.py --checkpoint {folder / 'final'} --live"
+    )
 
 
 if __name__ == "__main__":

@@ -60,12 +60,21 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 def worker_threads(requested: int, num_workers: int) -> int:
     """Torch threads of one of `num_workers` busy processes on this machine; `requested` > 0 wins."""
-    return requested or max(1, len(os.sched_getaffinity(0)) // num_workers if hasattr(os, "sched_getaffinity")
-                            else (os.cpu_count() or 1) // num_workers)
+    return requested or max(
+        1,
+        len(os.sched_getaffinity(0)) // num_workers
+        if hasattr(os, "sched_getaffinity")
+        else (os.cpu_count() or 1) // num_workers,
+    )
 
 
-def launch(main: Callable[[Any, argparse.Namespace], Any], description: str, *, default: str = "configs/tiny.yaml",
-           arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> None:
+def launch(
+    main: Callable[[Any, argparse.Namespace], Any],
+    description: str,
+    *,
+    default: str = "configs/tiny.yaml",
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
     """Parse the command line, run `main(config, args)`, exit with 0, or with 2 after one line for a user's mistake."""
     quiet()
     from grpo.config_file import load_config, to_dict

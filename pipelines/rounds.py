@@ -76,8 +76,9 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     if ranks.rank > 0:
         return train(job, ranks, None)
     start = newest_round(job.folder)
-    with Tracker(job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=start + 1,
-                 writer="rank0") as tracker:
+    with Tracker(
+        job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=start + 1, writer="rank0"
+    ) as tracker:
         return train(job, ranks, tracker)
 
 
@@ -101,8 +102,13 @@ class Rollouts:
         self.prompts = torch.arange(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
         rows = range(ranks.rank * per_rank * grpo.group_size, (ranks.rank + 1) * per_rank * grpo.group_size)
         self.rows = rows
-        self.cursor = Cursor(open_dataset(job.dataset), "train", grpo.prompts * grpo.group_size,
-                             job.config.data.block_size, job.config.run.seed)
+        self.cursor = Cursor(
+            open_dataset(job.dataset),
+            "train",
+            grpo.prompts * grpo.group_size,
+            job.config.data.block_size,
+            job.config.run.seed,
+        )
 
     def natural(self, round: int) -> tuple[Batch, Batch]:
         """This rank's natural rows, and the prompts among them: row n x G is the true continuation of prompt n."""
@@ -115,11 +121,21 @@ class Rollouts:
         parts = len(self.generators)
         rollouts = [
             actor.roll_out.remote(published.generator, published.version, published.mask_bias, round, *split)
-            for actor, split in zip(self.generators, zip(self.prompts.chunk(parts), prompts.tokens.chunk(parts),
-                                                         prompts.attention_mask.chunk(parts), strict=True), strict=True)
+            for actor, split in zip(
+                self.generators,
+                zip(
+                    self.prompts.chunk(parts),
+                    prompts.tokens.chunk(parts),
+                    prompts.attention_mask.chunk(parts),
+                    strict=True,
+                ),
+                strict=True,
+            )
         ]
-        scores = [actor.score.remote(published.reward, published.version, rollout)
-                  for actor, rollout in zip(self.rewards, rollouts, strict=True)]
+        scores = [
+            actor.score.remote(published.reward, published.version, rollout)
+            for actor, rollout in zip(self.rewards, rollouts, strict=True)
+        ]
         return rollouts, scores
 
 
@@ -139,8 +155,12 @@ def publish(learner: Learner, ranks: Ranks, version: int) -> Published:
 
     box = [None]
     if ranks.rank == 0:
-        new = Published(version=version, generator=ray.put(learner.generator_heads()),
-                        reward=ray.put(learner.scoring_heads()), mask_bias=learner.bias)
+        new = Published(
+            version=version,
+            generator=ray.put(learner.generator_heads()),
+            reward=ray.put(learner.scoring_heads()),
+            mask_bias=learner.bias,
+        )
         box = [ray.cloudpickle.dumps(new)]
         if ranks.world == 1:
             return new
@@ -152,8 +172,18 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     """All rounds, from the newest checkpoint on."""
     config, grpo = job.config, job.config.grpo
     trunk, heads = fetch([job.trunk[0], job.heads[0]], "the published trunk", config.run.timeout_s)
-    learner = Learner(job.blueprint, config, trunk, heads, remasking=job.remasking, rank=ranks.rank, world=ranks.world,
-                      wrap=ranks.wrap, all_reduce=ranks.all_reduce, device=ranks.device)
+    learner = Learner(
+        job.blueprint,
+        config,
+        trunk,
+        heads,
+        remasking=job.remasking,
+        rank=ranks.rank,
+        world=ranks.world,
+        wrap=ranks.wrap,
+        all_reduce=ranks.all_reduce,
+        device=ranks.device,
+    )
     tokenizer = open_dataset(job.dataset).tokenizer
     source = Rollouts(job, ranks)
     done, history = _resume(job.folder, learner, ranks)
@@ -165,9 +195,20 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     def save() -> None:
         texts = _whole_texts(learner.texts(), ranks)
         if ranks.rank == 0:
-            state = {"round": done, "history": history, "learner": learner.tensors(), "texts": texts, **learner.numbers()}
-            save_checkpoint(checkpoint_folder(job.folder / "checkpoints", done), learner.model, config=to_dict(config),
-                            tokenizer=tokenizer, state=state)
+            state = {
+                "round": done,
+                "history": history,
+                "learner": learner.tensors(),
+                "texts": texts,
+                **learner.numbers(),
+            }
+            save_checkpoint(
+                checkpoint_folder(job.folder / "checkpoints", done),
+                learner.model,
+                config=to_dict(config),
+                tokenizer=tokenizer,
+                state=state,
+            )
             prune_checkpoints(job.folder / "checkpoints", grpo.keep)
 
     total = warmup + grpo.rounds
@@ -195,20 +236,33 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
         if ranks.rank == 0:
             prompt = grpo.prompt_tokens
             completions = torch.cat([rollout.tokens[:, prompt:] for rollout in rollouts])
-            metrics |= {"distinct_4": distinct_n(completions, 4), "staleness": 0.0, "policy_version": learner.version,
-                        "tokens_per_s": completions.numel() * ranks.world / clock.total(), **clock.seconds}
+            metrics |= {
+                "distinct_4": distinct_n(completions, 4),
+                "staleness": 0.0,
+                "policy_version": learner.version,
+                "tokens_per_s": completions.numel() * ranks.world / clock.total(),
+                **clock.seconds,
+            }
             history.append({"step": done, **metrics})
             tracker.log(metrics, done)
             shown = {name: metrics[name] for name in SHOWN if name in metrics}
-            stop = fetch(job.board.report.remote("adversarial rounds", done, total, shown), "the progress board",
-                         config.run.timeout_s)
+            stop = fetch(
+                job.board.report.remote("adversarial rounds", done, total, shown),
+                "the progress board",
+                config.run.timeout_s,
+            )
         stop = bool(ranks.all_reduce(torch.tensor(float(stop), device=ranks.device), "max"))
         if done % grpo.checkpoint_every == 0 or done == total or stop:
             save()
             saved = done
     if saved == done == total and ranks.rank == 0:
-        save_checkpoint(job.folder / "final", learner.model, config=to_dict(config), tokenizer=tokenizer,
-                        state={"mask_bias": learner.mask_bias.state_dict()})
+        save_checkpoint(
+            job.folder / "final",
+            learner.model,
+            config=to_dict(config),
+            tokenizer=tokenizer,
+            state={"mask_bias": learner.mask_bias.state_dict()},
+        )
     return {"history": history, **({"stopped": done} if done < total else {})}
 
 

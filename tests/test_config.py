@@ -22,15 +22,18 @@ def test_overrides_win_over_the_file(tmp_path):
     assert tuple(config.reward.layers) == (1, -1)
 
 
-@pytest.mark.parametrize("override, words", [
-    ("grpo.grop_size=4", ["unknown key grpo.grop_size", "grpo.group_size"]),
-    ("grppo.group_size=4", ["unknown key grppo", "grpo"]),
-    ("grpo.group_size=many", ["grpo.group_size", "many"]),
-    ("grpo.group_size=1", ["grpo.group_size must be at least 2", "got 1"]),
-    ("group_size", ["section.key=value"]),
-    ("denoise.remasking=magic", ["denoise.remasking", "critic", "magic"]),
-    ("grpo.prompt_tokens=64", ["grpo.prompt_tokens", "data.block_size"]),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("grpo.grop_size=4", ["unknown key grpo.grop_size", "grpo.group_size"]),
+        ("grppo.group_size=4", ["unknown key grppo", "grpo"]),
+        ("grpo.group_size=many", ["grpo.group_size", "many"]),
+        ("grpo.group_size=1", ["grpo.group_size must be at least 2", "got 1"]),
+        ("group_size", ["section.key=value"]),
+        ("denoise.remasking=magic", ["denoise.remasking", "critic", "magic"]),
+        ("grpo.prompt_tokens=64", ["grpo.prompt_tokens", "data.block_size"]),
+    ],
+)
 def test_a_bad_override_is_one_line_with_the_full_key(override, words):
     with pytest.raises(ValueError) as error:
         load_config(None, [override])

@@ -7,9 +7,33 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "config", "config_file", "noise", "tokenizer", "sources", "shards", "data", "metrics", "heads", "features", "model", "checkpoint", "gpt2",
-    "corruption", "mask_bias", "diffusion_loss", "wavefront", "critic", "remasking", "denoise", "autoregress",
-    "multitask", "trajectory", "policy_loss", "reward_loss", "optim", "text_quality",
+    "config",
+    "config_file",
+    "noise",
+    "tokenizer",
+    "sources",
+    "shards",
+    "data",
+    "metrics",
+    "heads",
+    "features",
+    "model",
+    "checkpoint",
+    "gpt2",
+    "corruption",
+    "mask_bias",
+    "diffusion_loss",
+    "wavefront",
+    "critic",
+    "remasking",
+    "denoise",
+    "autoregress",
+    "multitask",
+    "trajectory",
+    "policy_loss",
+    "reward_loss",
+    "optim",
+    "text_quality",
 ]
 FORBIDDEN = {"grpo": {"ray", "mlflow", "actors", "pipelines"}, "actors": {"mlflow", "pipelines"}, "pipelines": set()}
 FILES = [path for room in FORBIDDEN for path in sorted((ROOT / room).glob("*.py"))]

@@ -27,7 +27,9 @@ def test_uniforms_are_uniform_and_uncorrelated_between_counters():
     u = uniforms(seeds[:, None], 3, torch.arange(500)[None])
     assert u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
     assert abs(u.mean().item() - 0.5) < 4 * (1 / 12 / u.numel()) ** 0.5
-    assert abs(torch.corrcoef(torch.stack([u[:, 1:].flatten(), u[:, :-1].flatten()]))[0, 1].item()) < 4 / u.numel() ** 0.5
+    assert (
+        abs(torch.corrcoef(torch.stack([u[:, 1:].flatten(), u[:, :-1].flatten()]))[0, 1].item()) < 4 / u.numel() ** 0.5
+    )
     counts = torch.histc(u, 20, 0, 1)
     chi2 = ((counts - u.numel() / 20) ** 2 / (u.numel() / 20)).sum().item()
     assert chi2 < 45  # 19 degrees of freedom: beyond the 99.9th percentile (43.8)
