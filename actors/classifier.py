@@ -82,7 +82,10 @@ class TokenClassifier(Pretrainer):
     selects = "val_loss"
 
     def __init__(self, model: GPT, config: Config, teacher: Teacher, **distribution: Any) -> None:
-        load_into(model, teacher.trunk)
+        try:
+            load_into(model, teacher.trunk)
+        except ValueError as error:
+            raise ValueError(f"pretrain.teacher={config.pretrain.teacher}: {error}") from error
         super().__init__(model, config, **distribution)
         self.teacher = teacher
 

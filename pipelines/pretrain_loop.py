@@ -220,7 +220,10 @@ def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:
     if newest is None:
         return {"step": 0, "read_at": 0, "sums": {}, "trained_s": 0.0, "last": {}, "best": {}}
     checkpoint = load_checkpoint(newest)
-    load_into(trainer.model, checkpoint.tensors)
+    try:
+        load_into(trainer.model, checkpoint.tensors)
+    except ValueError as error:
+        raise ValueError(f"{newest}: {error}; choose another run.name") from error
     state = dict(checkpoint.state)
     trainer.load(state.pop("optimizer"), state.pop("mask_bias"))
     return state
