@@ -25,7 +25,7 @@ from grpo.denoise import denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
-from grpo.trajectory import credited_tokens
+from grpo.trajectory import credited_tokens, credits_positions
 
 EVALUATION_STREAM = 31
 
@@ -35,11 +35,17 @@ def train_base(config: Config, dataset: Dataset, *, device: str = "cpu") -> tupl
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size)
     trainer = Pretrainer(model, config, device=device)
+    fit(trainer, dataset)
+    return model, trainer
+
+
+def fit(trainer: Pretrainer, dataset: Dataset) -> None:
+    """Take all of the trainer's steps on the training split; leaves its model in eval mode."""
+    config = trainer.config
     cursor = Cursor(dataset, "train", config.pretrain.batch_size, config.data.block_size, config.run.seed)
     for step in range(config.pretrain.steps):
         trainer.step(step, cursor.batch(step))
-    model.eval()
-    return model, trainer
+    trainer.model.eval()
 
 
 class Adversary:
@@ -64,7 +70,8 @@ class Adversary:
             heads,
             settings=config.denoise,
             remasking=remasking,
-            policy_tokens=credited_tokens(grpo.policy_tokens, remasking),
+            policy_tokens=credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
+            positions=credits_positions(grpo.policy_positions, remasking, config.denoise.randomness),
             prompt_tokens=grpo.prompt_tokens,
             group_size=grpo.group_size,
             min_neighbors_ratio=config.sampler.min_neighbors_ratio,
@@ -124,6 +131,8 @@ def generate(
     temperature: float | None = None,
     steps: int | None = None,
     mask_bias: float = 0.0,
+    min_neighbors_ratio: float = 0.01,
+    remasking_model: GPT | None = None,
     batch_size: int = 256,
 ) -> torch.Tensor:
     """Continue natural rows [B, T] from their first `prompt_tokens`; returns [B, T] on the CPU."""
@@ -150,7 +159,9 @@ def generate(
                 protected=~completion,
                 attention_mask=None if bool(mask.all()) else mask,
                 sampler=settings.sampler,
+                min_neighbors_ratio=min_neighbors_ratio,
                 mask_bias=mask_bias,
+                remasking_model=remasking_model,
             ).cpu()
         )
     return torch.cat(out)

@@ -1,0 +1,183 @@
+"""Data, models and measures that the quality benchmarks share; what takes long is trained once and kept.
+
+1. A model's folder under `--cache` is named by the hash of everything that decides its weights, data included.
+2. Training is `Pretrainer`, `Judge` and `TokenClassifier`, called in this process without Ray.
+3. `--quick` has a narrower model, fewer steps and fewer texts, and the same code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products, which threads only slow down
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from actors.classifier import Teacher, TokenClassifier
+from actors.judge import Judge, judge_config
+from benchmarks.adversarial import fit, train_base
+from benchmarks.wavefront_speed import T_95
+from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
+from grpo.config import Config
+from grpo.config_file import config_hash, load_config, to_dict
+from grpo.data import Batch, Dataset, make_dataset, open_dataset, windows
+from grpo.model import GPT
+from grpo.sources import read_documents, source_digests
+from grpo.text_quality import distinct_n, judge_nll, ngram_js, temperature_matching_entropy, token_entropy
+
+TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
+FULL = ["pretrain.steps=1500", "sampler.start=300", "critic.start=600", "critic.end=800", "evaluation.samples=512"]
+QUICK = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps=300", "pretrain.batch_size=32",
+         "corruption.proofreading_warmup=100", "loss.masking_warmup=100", "sampler.start=60", "critic.start=100",
+         "critic.end=120", "evaluation.samples=128", "evaluation.judge_steps=150", "evaluation.judge_layers=2",
+         "evaluation.judge_width=64"]
+
+
+def parse(doc: str) -> argparse.Namespace:
+    """The command line that the quality benchmarks share; prints their first line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller models and fewer texts")
+    parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds")
+    parser.add_argument("--data", default="python-docs", help="text file; default: the prose that ships with CPython")
+    parser.add_argument("--cache", default="~/.cache/grpo-diffusion", help="folder of trained models")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    print(doc.splitlines()[0], flush=True)
+    return args
+
+
+def configure(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
+    """The benchmark's config, for one seed."""
+    sizes = QUICK if args.quick else FULL
+    return load_config(TINY, [f"data.source={args.data}", f"run.cache={args.cache}", f"run.seed={seed}", *sizes,
+                              *overrides])
+
+
+def dataset_of(config: Config) -> Dataset:
+    folder = _cache(config) / f"data-{config_hash(config.data, source_digests(config.data.source))}-local"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return make_dataset(read_documents(config.data.source), config.data, folder)
+    return open_dataset(folder)
+
+
+def generator(config: Config, dataset: Dataset) -> Path:
+    """Checkpoint of a generator pretrained on the training split, with its mask-bias controller's state."""
+
+    def train(folder: Path) -> None:
+        model, trainer = train_base(config, dataset)
+        save_checkpoint(folder, model, config=to_dict(config), tokenizer=dataset.tokenizer,
+                        state={"mask_bias": trainer.mask_bias.state_dict()})
+
+    return _trained("generator", config, dataset, train)
+
+
+def load_generator(folder: Path) -> tuple[GPT, float]:
+    """The model, in eval mode, and its mask bias."""
+    return load_model(folder).eval(), load_checkpoint(folder).state["mask_bias"]["bias"]
+
+
+def judge(config: Config, dataset: Dataset) -> GPT:
+    """The independent causal model, trained on the judge's split with seed 0 whatever the generator's seed."""
+    config = replace(config, run=replace(config.run, seed=0))
+
+    def train(folder: Path) -> None:
+        save_checkpoint(folder, Judge(config, dataset, threads=torch.get_num_threads()).train(), config={})
+
+    return load_model(_trained("judge", judge_config(config), dataset, train)).eval()
+
+
+def own_trunk_critic(config: Config, dataset: Dataset, teacher: Path) -> GPT:
+    """A token classifier of the teacher's mistakes, whose trunk starts as the teacher's and trains."""
+    config = replace(config, pretrain=replace(config.pretrain, mode="token_classifier", teacher=str(teacher),
+                                              learning_rate=config.pretrain.learning_rate / 3))
+
+    def train(folder: Path) -> None:
+        torch.manual_seed(config.run.seed)
+        model = GPT(config.model, dataset.vocabulary, mode="token_classifier", block_size=config.data.block_size)
+        fit(TokenClassifier(model, config, Teacher(str(teacher), dataset.tokenizer, "cpu")), dataset)
+        save_checkpoint(folder, model, config={})
+
+    return load_model(_trained("classifier", config, dataset, train)).eval()
+
+
+def _cache(config: Config) -> Path:
+    return Path(config.run.cache).expanduser().absolute()
+
+
+def _trained(kind: str, config: Config, dataset: Dataset, train: Callable[[Path], None]) -> Path:
+    decides = (config.model, config.corruption, config.loss, config.mask_bias, config.critic, config.sampler,
+               replace(config.pretrain, teacher=Path(config.pretrain.teacher).name))
+    folder = _cache(config) / f"{kind}-{config_hash(dataset.folder.name, config.run.seed, *decides)}"
+    if not folder.exists():
+        started = time.monotonic()
+        train(folder)
+        print(f"trained {folder.name} in {time.monotonic() - started:.0f} s", flush=True)
+    return folder
+
+
+class Texts:
+    """Held-out rows, and the measures of what is written in the place of their completions."""
+
+    def __init__(self, config: Config, dataset: Dataset) -> None:
+        self.start = config.grpo.prompt_tokens
+        held_out = windows(dataset, "validation", config.evaluation.samples, config.data.block_size, 1)
+        self.natural: Batch = held_out
+        self.reference = windows(dataset, "judge", config.evaluation.samples, config.data.block_size, 1).tokens
+        self.judge = judge(config, dataset)
+
+    def measure(self, tokens: Tensor) -> dict[str, float]:
+        """Figures of completions in [B, T]."""
+        texts = tokens[:, self.start :]
+        return {"judge_nll": judge_nll(self.judge, tokens, self.start), "entropy": token_entropy(texts),
+                "distinct_4": distinct_n(texts, 4), "ngram_js": ngram_js(texts, self.reference[:, self.start :], 3)}
+
+    def at_entropy(self, write: Callable[[float], Tensor], entropy: float) -> dict[str, float]:
+        """The same at the temperature where completions have this token entropy.
+
+        Args:
+            write: temperature -> [B, T].
+        """
+        start = self.start
+        match = temperature_matching_entropy(lambda heat: write(heat)[:, start:], entropy, tolerance=0.003, max_calls=5)
+        prompts = self.natural.tokens[:, :start]
+        return self.measure(torch.cat([prompts, match.tokens], 1)) | {"temperature": match.temperature}
+
+
+def spread(values: list[float]) -> float | None:
+    """Half width of the 95 % interval of the mean over seeds (Student's t); None for one seed."""
+    if len(values) < 2:
+        return None
+    return T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def summarise(runs: list[dict[str, float]]) -> dict[str, float | None]:
+    """Mean of each figure over seeds, and `<name>_ci95` where there are several."""
+    means = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
+    if len(runs) < 2:
+        return means
+    return means | {f"{name}_ci95": spread([run[name] for run in runs]) for name in runs[0]}
+
+
+def print_table(title: str, rows: dict[str, list[dict[str, float]]]) -> None:
+    """One line per row name: each figure's mean over seeds, and its interval where there are several."""
+    columns = list(next(iter(rows.values()))[0])
+    width = max(map(len, [title, *rows])) + 2
+    print("\n" + title.ljust(width) + "".join(name.rjust(max(18, len(name) + 2)) for name in columns))
+    for name, runs in rows.items():
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs]
+            half = spread(values)
+            cells.append(f"{statistics.fmean(values):.4g}" + ("" if half is None else f" +-{half:.2g}"))
+        print(name.ljust(width) + "".join(c.rjust(max(18, len(n) + 2)) for n, c in zip(columns, cells, strict=True)),
+              flush=True)
