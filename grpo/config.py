@@ -51,7 +51,7 @@ class DataSection:
     tokenizer: str = "bytes"
     """`bytes`, `bpe:<size>` (trained on the source), a `.tiktoken` rank file, or a tiktoken encoding name."""
     layout: str = "blocks"
-    """`blocks`: documents joined by `separator` and cut into windows of `block_size`. `documents`: a padded row each."""
+    """`blocks`: documents joined by `separator`, cut into windows of `block_size`. `documents`: a padded row each."""
     separator: str = "\n\n"
     """Text put between two documents in layout `blocks`."""
     block_size: int = 64
@@ -382,7 +382,7 @@ class GrpoSection:
     """Lower clip range of the likelihood ratio."""
     epsilon_high: float = 0.28
     """Upper clip range of the likelihood ratio (DAPO's clip-higher)."""
-    kl: float = 0.04
+    kl: float = 0.03
     """Weight of the KL divergence to the base heads, exact over the vocabulary, nats per action."""
     num_iterations: int = 1
     """Passes over each round's rollouts."""
@@ -400,14 +400,17 @@ class GrpoSection:
     """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control. Without it
     the cheapest way to please a discriminator is a lower temperature."""
     policy_tokens: str = "auto"
-    """Proposals that are credited: `all`, `kept`, or `auto` (kept when the remasker ignores proposals)."""
+    """Proposals that are credited: `all`, `kept`, or `auto` (kept where discarded ones change nothing that is kept)."""
+    policy_positions: bool = False
+    """Credit re-mask choices as actions, by their Plackett-Luce probability, also under `confidence` and `critic`;
+    under `self` they always are."""
     residual: int = 256
     """Width of the zero-initialised residual MLP in front of the generator's untied lm head; 0: none."""
-    anchor: float = 0.1
+    anchor: float = 1.0
     """Weight of the diffusion loss on natural text in the generator phase."""
     num_workers: int = 1
     """Ray Train workers (DDP ranks)."""
-    rollout_actors: int = 1
+    rollout_actors: int = 2
     """Generator actors, each with a reward actor beside it, shared out over the ranks."""
     checkpoint_every: int = 10
     """Rounds between checkpoints."""
@@ -469,7 +472,7 @@ class RewardSection:
     """`mse` on softmax (the source design), `bce` on logits with soft targets, or `bradley_terry`."""
     signal: str = "log_odds"
     """Reward of the generator: `probability` P(natural), or `log_odds`, which does not saturate."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """AdamW learning rate of the reward head."""
     smoothing: float = 0.1
     """Label smoothing: targets are smoothing and 1 - smoothing."""
@@ -481,17 +484,17 @@ class RewardSection:
     """Rounds of earlier rollouts kept for the reward phase."""
     batch_size: int = 256
     """Natural plus generated texts per reward step."""
-    min_steps: int = 1
+    min_steps: int = 4
     """Fewest reward steps of a round."""
     max_steps: int = 8
     """Most reward steps of a round."""
-    warmup_rounds: int = 4
+    warmup_rounds: int = 6
     """Rounds before the first generator phase in which only the reward head trains."""
-    warmup_steps: int = 25
+    warmup_steps: int = 30
     """Reward steps of each of these rounds."""
     band_low: float = 0.6
     """Held-out accuracy below which the controller adds reward steps."""
-    band_high: float = 0.8
+    band_high: float = 0.95
     """Held-out accuracy above which the controller removes reward steps."""
 
     def __post_init__(self) -> None:
