@@ -61,7 +61,7 @@ class StepRecord:
     scores: Tensor | None
     """[B, T] float64 log P(wrong); None on the last step."""
     judged: Tensor | None
-    """[N, C], states of the filled text at its N eligible positions, which `scores` of policy `self` come from."""
+    """[N, C], states of the filled text at its N eligible positions, which `self` and `critic` scored."""
 
 
 def num_masked_after(step: int, steps: int, n: Tensor, schedule: str) -> Tensor:

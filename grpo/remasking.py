@@ -8,6 +8,8 @@ The first of model > critic > self > confidence > random that is available decid
    is known, in the order drawn. Protected positions are cut off after the noise is added and exactly k are chosen.
 3. `self` reads P([MASK]) with the mask bias at filled positions; `confidence` is one minus the plain probability of
    the proposal (MaskGIT, arXiv:2202.04200, adds the noise to the log-probability of being right instead).
+4. A choice of k positions is k draws without replacement, each a categorical over the positions still left; a policy
+   gradient credits each draw by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from grpo.noise import gumbels
 from grpo.wavefront import slices
 
 REMASK = 5  # purpose of noise; wavefront.py has the others
-_NEVER = -1e300  # a log-weight whose exponential is 0 and whose gradient is 0 rather than NaN
 _LEAST = -1e-12  # log-probability of a token that is certain, so that log P(wrong) stays finite
 
 
@@ -53,7 +54,7 @@ class Filled:
 @dataclass(frozen=True)
 class Verdict:
     """log_wrong: [B, T] float64. hidden: [N, C], states of the filled text at its N eligible positions in row-major
-    order, where the policy's own lm head judged them (`self`)."""
+    order, where a head of the generator judged them (`self`, `critic`)."""
 
     log_wrong: Tensor
     hidden: Tensor | None = None
@@ -67,23 +68,26 @@ def by_model(filled: Filled) -> Verdict:
 
 def by_critic(filled: Filled) -> Verdict:
     """The critic head's P(wrong). One trunk forward."""
-    return Verdict(F.logsigmoid(filled.model.critic_scores(filled.tokens, filled.attention_mask).double()))
+    return _by_head(filled, "critic")
 
 
 def by_self(filled: Filled) -> Verdict:
     """The lm head's own P([MASK]) where a token stands. One trunk forward."""
+    return _by_head(filled, "self")
+
+
+def _by_head(filled: Filled, policy: str) -> Verdict:
     hidden = filled.model.encode(filled.tokens, filled.attention_mask).flatten(0, 1)
     places = torch.nonzero_static(filled.eligible.flatten(), size=filled.num_eligible)[:, 0]
     hidden = hidden[places]
     log_wrong = torch.zeros(filled.tokens.numel(), dtype=torch.float64, device=hidden.device)
-    log_wrong[places] = log_mask_probability(filled.model, hidden, filled.mask_bias)
+    log_wrong[places] = log_wrong_from_states(policy, filled.model, hidden, filled.mask_bias)
     return Verdict(log_wrong.view_as(filled.tokens), hidden)
 
 
 def by_confidence(filled: Filled) -> Verdict:
     """One minus the probability that the proposal was given. No trunk forward."""
-    right = filled.confidences.double().clamp(max=_LEAST)
-    return Verdict(torch.where(right > -0.7, (-torch.expm1(right)).log(), torch.log1p(-right.exp())))
+    return Verdict(log_wrong_from_confidence(filled.confidences))
 
 
 def by_chance(filled: Filled) -> Verdict:
@@ -120,6 +124,19 @@ def resolve_policy(remasking: str, model: GPT, remasking_model: GPT | None) -> s
     if remasking == "critic" and "critic" not in model.heads:
         raise ValueError("denoise.remasking=critic needs a generator with model.critic=true; this one has no critic")
     return remasking
+
+
+def log_wrong_from_states(policy: str, model: GPT, hidden: Tensor, mask_bias: Tensor | float) -> Tensor:
+    """What policy `self` or `critic` reads off states of the filled text: [N, C] -> [N] float64 log P(wrong)."""
+    if policy == "critic":
+        return F.logsigmoid(model.heads["critic"](hidden).double())
+    return log_mask_probability(model, hidden, mask_bias)
+
+
+def log_wrong_from_confidence(confidences: Tensor) -> Tensor:
+    """log(1 - p) from log p, of any shape, float64; finite where p is 1."""
+    right = confidences.double().clamp(max=_LEAST)
+    return torch.where(right > -0.7, (-torch.expm1(right)).log(), torch.log1p(-right.exp()))
 
 
 def log_mask_probability(model: GPT, hidden: Tensor, mask_bias: Tensor | float) -> Tensor:
@@ -161,22 +178,34 @@ def choose(
     return torch.zeros_like(eligible).scatter(1, order, taken), torch.where(taken, order, -1)
 
 
-def plackett_luce_logprob(log_weights: Tensor, eligible: Tensor, order: Tensor) -> Tensor:
-    """Log-probability of drawing positions in this order, without replacement, each by its weight among those left.
+def draws_left(eligible: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut choices of positions into their draws.
 
     Args:
-        log_weights: [B, T], as of `plackett_luce_weights`; differentiable.
-        eligible: [B, T] bool.
-        order: [B, K] int64 positions, -1 after the last.
+        eligible: [R, T] bool.
+        order: [R, T] int64 positions in the order drawn, -1 after the last (of `choose`).
 
     Returns:
-        [B] float64, nats.
+        For each of D draws, choice by choice and in order: [D] its choice, [D] the position drawn, [D, T] bool the
+        positions that could have been.
     """
+    columns = eligible.shape[1]
     drawn = order >= 0
-    weights = torch.where(eligible, log_weights.double(), _NEVER)
-    picked = torch.where(drawn, weights.gather(1, order.clamp(min=0)), _NEVER)
-    end = weights.shape[1]
-    was_drawn = F.pad(torch.zeros_like(eligible), (0, 1)).scatter(1, torch.where(drawn, order, end), True)[:, :end]
-    rest = torch.where(was_drawn, _NEVER, weights).logsumexp(1, keepdim=True)
-    left = torch.cat([rest, picked.flip(1)], dim=1).logcumsumexp(1)[:, 1:].flip(1)  # itself, later ones, never drawn
-    return torch.where(drawn, picked - left, 0.0).sum(1)
+    column = torch.arange(columns, device=order.device).expand_as(order)
+    turn = F.pad(torch.full_like(order, columns), (0, 1)).scatter(1, torch.where(drawn, order, columns), column)
+    choice, draw = drawn.nonzero(as_tuple=True)
+    return choice, order[choice, draw], eligible[choice] & (turn[choice, :columns] >= draw[:, None])
+
+
+def draw_log_probs(log_weights: Tensor, choice: Tensor, left: Tensor) -> Tensor:
+    """Plackett-Luce: each draw falls on one of the positions left, in proportion to its weight.
+
+    Args:
+        log_weights: [R, T] float64, of `plackett_luce_weights`; differentiable.
+        choice: [D] int64; left: [D, T] bool; both of `draws_left`.
+
+    Returns:
+        [D, T] normalised log-probabilities of positions; -inf where it is not left. The draws of a choice sum to the
+        log-probability of the choice in the order drawn.
+    """
+    return log_weights[choice].masked_fill(~left, float("-inf")).log_softmax(-1)

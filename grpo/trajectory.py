@@ -3,24 +3,80 @@
 1. An action is one proposed token at one denoising step (DESIGN 9). Its state is the trunk's hidden state there, which
    a frozen trunk never changes; under the wavefront also the neighbours that were visible. So likelihood ratios and KL
    need head-sized matrix products only, and no replay of the trajectory.
-2. The remasker is part of the environment. When it ignores the proposals (`random`), proposals that it discards have
-   zero expected score, and only kept ones are credited.
-3. Probabilities are those that were sampled from: temperature and nucleus included. The nucleus is the behaviour
+2. The remasker is part of the environment, as it was when the round began. When it ignores the proposals (`random`),
+   proposals that it discards have zero expected score, and only kept ones need be credited; but under the wavefront a
+   discarded token was its neighbours' context, so there all are.
+3. Policy `self` re-masks by the lm head's own judgement, so each draw of its choice is an action too: a categorical
+   over the positions still left, at the states that were judged. `grpo.policy_positions` credits the choices of
+   `confidence` and `critic`, whose weights also come from the generator's heads, in the same way.
+4. Probabilities are those that were sampled from: temperature and nucleus included. The nucleus is the behaviour
    policy's, kept with the action, so that a ratio compares two distributions over the same support.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from grpo.autoregress import generate
 from grpo.config import DenoiseSection
-from grpo.denoise import StepRecord, denoise
+from grpo.denoise import StepRecord, denoise, num_masked_after
 from grpo.model import GPT
+from grpo.remasking import (
+    draw_log_probs,
+    draws_left,
+    log_wrong_from_confidence,
+    log_wrong_from_states,
+    plackett_luce_weights,
+)
 from grpo.wavefront import proposal_logits, proposal_logprobs
+
+Data = TypeVar("Data", "Choices", "Rollout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """The policy's own re-mask choices: R choices (a sample at a step) of D draws, judged at E eligible positions."""
+
+    policy: str
+    """`self`, `critic` or `confidence`."""
+    randomness: float
+    """Of the Plackett-Luce weights, strictly between 0 and 1."""
+    mask_bias: float
+    """Bias on the [MASK] logit, nats, when the choice was made."""
+    hidden: Tensor
+    """[E, C] trunk states that were judged, in row-major order of `eligible`."""
+    eligible: Tensor
+    """[R, T] bool."""
+    choice: Tensor
+    """[D] int64, choice of each draw, in 0..R-1."""
+    left: Tensor
+    """[D, T] bool, positions that the draw could have fallen on."""
+    actions: Tensor
+    """[D] int64, position drawn."""
+    rows: Tensor
+    """[D] int64, sample of each draw."""
+    steps: Tensor
+    """[D] int64, denoising step of each draw."""
+    logprobs: Tensor
+    """[D] behaviour log-probabilities, nats."""
+    tokens: Tensor | None = None
+    """[E] int64, proposals whose confidence was judged; `confidence` alone."""
+    neighbors: Tensor | None = None
+    """[E, 2] int64, as in `Rollout`; `confidence` alone."""
+    by_lm: Tensor | None = None
+    """[E] bool, as in `Rollout`; `confidence` alone."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[D] int64, position of each draw: the action itself."""
+        return self.actions
+
+    def to(self, device: torch.device | str) -> Choices:
+        return _moved(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,28 +114,63 @@ class Rollout:
     support: Tensor | None = None
     """[M, base vocabulary] bool, the behaviour policy's nucleus; None at top_p 1."""
 
+    choices: Choices | None = None
+    """Re-mask choices that are credited beside the M actions; None where the remasker is part of the environment."""
+
     def to(self, device: torch.device | str) -> Rollout:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)})
+        return _moved(self, device)
+
+
+def _moved(data: Data, device: torch.device | str) -> Data:
+    values = {f.name: getattr(data, f.name) for f in fields(data)}
+    return replace(
+        data, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor | Choices)}
+    )
 
 
 ACTION_FIELDS = ("hidden", "actions", "rows", "positions", "steps", "logprobs", "neighbors", "by_lm", "support")
 
 
-def credited_tokens(policy_tokens: str, remasking: str) -> str:
-    """Resolve `auto`: `kept` when the remasker ignores the proposals, `all` when it looked at them.
+def credited_tokens(policy_tokens: str, remasking: str, sampler: bool) -> str:
+    """Resolve `auto`: `kept` where discarded proposals changed nothing that was kept, `all` elsewhere.
 
     Raises:
-        ValueError: `kept` under a remasker that looks at proposals, which biases the gradient.
+        ValueError: `kept` where the remasker or the wavefront looked at proposals, which biases the gradient.
     """
+    ignored = remasking == "random" and not sampler
     if policy_tokens == "auto":
-        return "kept" if remasking == "random" else "all"
-    if policy_tokens == "kept" and remasking != "random":
+        return "kept" if ignored else "all"
+    if policy_tokens == "kept" and not ignored:
+        where = "denoise.sampler is true" if remasking == "random" else f"denoise.remasking is {remasking}"
         raise ValueError(
-            f"grpo.policy_tokens must be all or auto when denoise.remasking is {remasking} "
-            "(the remasker chose by the proposals, so discarded ones must be credited too), got 'kept'"
+            f"grpo.policy_tokens must be all or auto when {where} (discarded proposals had a say in what "
+            "was kept, so they must be credited too), got 'kept'"
         )
     return policy_tokens
+
+
+def credits_positions(policy_positions: bool, remasking: str, randomness: float) -> bool:
+    """Whether re-mask choices are actions: always under `self`, on demand under `confidence` and `critic`.
+
+    A choice without randomness has no density, and one of full randomness no dependence on the heads.
+
+    Raises:
+        ValueError: they are demanded where no head of the generator makes them, or where they have no gradient.
+    """
+    random = 0 < randomness < 1
+    if not policy_positions:
+        return remasking == "self" and random
+    if remasking not in ("self", "confidence", "critic"):
+        raise ValueError(
+            f"grpo.policy_positions must be false when denoise.remasking is {remasking} (its choices do not "
+            "come from the generator's heads), got true"
+        )
+    if not random:
+        raise ValueError(
+            "denoise.randomness must be strictly between 0 and 1 when grpo.policy_positions is true (a choice "
+            f"needs a probability that the heads can change), got {randomness}"
+        )
+    return True
 
 
 @torch.no_grad()
@@ -97,6 +188,7 @@ def roll_out(
     mask_bias: float,
     min_neighbors_ratio: float,
     policy_version: int,
+    positions: bool = False,
     remasking_model: GPT | None = None,
 ) -> Rollout:
     """Continue each prompt `group_size` times and record the credited actions.
@@ -108,6 +200,7 @@ def roll_out(
         settings: the denoiser's settings; `remasking` is given resolved beside them.
         policy_tokens: `kept` or `all`.
         mask_bias: bias on the [MASK] logit, nats (policy `self`).
+        positions: credit the re-mask choices too (`credits_positions`).
 
     Returns:
         A `Rollout` on the CPU.
@@ -153,6 +246,9 @@ def roll_out(
     actions = {
         name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in ACTION_FIELDS
     }
+    choices = None
+    if positions and len(records) > 1:
+        choices = _choices(records[:-1], remasking, settings.randomness, mask_bias)  # the last step re-masks nothing
     return Rollout(
         tokens=final,
         attention_mask=visible,
@@ -160,6 +256,7 @@ def roll_out(
         group_size=group_size,
         temperature=settings.temperature,
         policy_version=policy_version,
+        choices=choices,
         **actions,
     ).to("cpu")
 
@@ -182,35 +279,101 @@ def _actions(record: StepRecord, credited: Tensor) -> dict[str, Tensor | None]:
     }
 
 
-def policy_log_probs(model: GPT, rollout: Rollout, part: slice | Tensor = slice(None)) -> Tensor:
-    """Log-probabilities of the whole text vocabulary at the rollout's cached states, under the model's present heads.
+def _choices(records: list[StepRecord], policy: str, randomness: float, mask_bias: float) -> Choices:
+    """The re-mask choices of these steps, choice s x B + b being row b's at the s-th of them."""
+    eligible = torch.cat([record.eligible for record in records])
+    choice, actions, left = draws_left(eligible, torch.cat([record.remask_order for record in records]))
+    log_weights = plackett_luce_weights(torch.cat([record.scores for record in records]), randomness)
+    logprobs = draw_log_probs(log_weights, choice, left).gather(-1, actions[:, None]).squeeze(-1)
+    num_rows = len(records[0].inputs)
+    steps = torch.tensor([record.step for record in records], device=choice.device)
+    judged: dict[str, Tensor | None] = {}
+    if policy == "confidence":
+        for name in ("hidden", "neighbors", "by_lm"):
+            parts = [getattr(r, name) for r in records]
+            judged[name] = (
+                None
+                if parts[0] is None
+                else torch.cat([part[r.eligible[r.masked]] for part, r in zip(parts, records, strict=True)])
+            )
+        judged["tokens"] = torch.cat([r.proposals[r.eligible] for r in records])
+    else:
+        judged["hidden"] = torch.cat([record.judged for record in records])
+    return Choices(
+        policy=policy,
+        randomness=randomness,
+        mask_bias=mask_bias,
+        eligible=eligible,
+        choice=choice,
+        left=left,
+        actions=actions,
+        rows=choice % num_rows,
+        steps=steps[choice // num_rows],
+        logprobs=logprobs,
+        **judged,
+    )
 
-    Args:
-        part: which actions; all by default.
+
+def policy_log_probs(model: GPT, rollout: Rollout) -> Tensor:
+    """Log-probabilities of the whole text vocabulary at the rollout's cached states, under the model's present heads.
 
     Returns:
         [M, base vocabulary], normalised; -inf outside the behaviour policy's nucleus.
     """
-    take = lambda x: None if x is None else x[part]  # noqa: E731
-    logits = proposal_logits(model, rollout.hidden[part], take(rollout.neighbors), take(rollout.by_lm))
-    return proposal_logprobs(logits, rollout.temperature, take(rollout.support))
+    logits = proposal_logits(model, rollout.hidden, rollout.neighbors, rollout.by_lm)
+    return proposal_logprobs(logits, rollout.temperature, rollout.support)
 
 
-def trajectory_logprobs(model: GPT, rollout: Rollout, part: slice | Tensor = slice(None)) -> Tensor:
-    """Log-probability [M] of each credited action under the model's present heads, nats, from cached states."""
-    return policy_log_probs(model, rollout, part).gather(-1, rollout.actions[part][:, None]).squeeze(-1)
-
-
-def split_rows(rollout: Rollout, num_parts: int) -> list[tuple[Tensor, slice]]:
-    """Cut a rollout into `num_parts` ranges of samples, groups kept whole.
+def choice_log_probs(model: GPT, choices: Choices) -> Tensor:
+    """Log-probabilities of all positions at each re-mask draw, under the model's present heads.
 
     Returns:
-        For each part the indices [m] of its actions and its range of rows.
+        [D, T] float64, normalised; -inf where the draw could not fall.
     """
-    groups = len(rollout.tokens) // rollout.group_size
-    edges = [groups * i // num_parts * rollout.group_size for i in range(num_parts + 1)]
-    return [
-        (((rollout.rows >= low) & (rollout.rows < high)).nonzero().squeeze(-1), slice(low, high))
-        for low, high in zip(edges, edges[1:], strict=False)
-        if high > low
+    if choices.policy == "confidence":
+        logits = proposal_logits(model, choices.hidden, choices.neighbors, choices.by_lm)
+        plain = proposal_logprobs(logits, 1.0).gather(-1, choices.tokens[:, None]).squeeze(-1)
+        log_wrong = log_wrong_from_confidence(plain)
+    else:
+        log_wrong = log_wrong_from_states(choices.policy, model, choices.hidden, choices.mask_bias)
+    table = torch.zeros(choices.eligible.shape, dtype=torch.float64, device=log_wrong.device)
+    table = table.masked_scatter(choices.eligible, log_wrong)
+    return draw_log_probs(plackett_luce_weights(table, choices.randomness), choices.choice, choices.left)
+
+
+def action_tables(model: GPT, rollout: Rollout) -> list[Tensor]:
+    """Log-probabilities of every possible action at each credited one: [M, base vocabulary], then [D, T] if any."""
+    tables = [policy_log_probs(model, rollout)]
+    return tables if rollout.choices is None else [*tables, choice_log_probs(model, rollout.choices)]
+
+
+def taken(tables: list[Tensor], rollout: Rollout) -> Tensor:
+    """Log-probability [M + D] of the actions that were taken, from `action_tables`, nats."""
+    kinds = [rollout, rollout.choices]
+    chosen = [
+        table.gather(-1, kind.actions[:, None]).squeeze(-1)
+        for table, kind in zip(tables, kinds[: len(tables)], strict=True)
     ]
+    return torch.cat([logprobs.to(rollout.logprobs.dtype) for logprobs in chosen])
+
+
+def credited(rollout: Rollout, field: str) -> Tensor:
+    """`rows`, `positions`, `steps` or `logprobs` [M + D] of all credited actions: proposals, then re-mask draws."""
+    own = getattr(rollout, field)
+    return own if rollout.choices is None else torch.cat([own, getattr(rollout.choices, field).to(own.dtype)])
+
+
+def trajectory_logprobs(model: GPT, rollout: Rollout) -> Tensor:
+    """Log-probability [M + D] of each credited action under the model's present heads, nats, from cached states."""
+    return taken(action_tables(model, rollout), rollout)
+
+
+def most_actions(length: int, settings: DenoiseSection, *, policy_tokens: str, positions: bool, causal: bool) -> int:
+    """The most credited actions that a sample of `length` generated tokens can have: the constant of `dr_grpo`."""
+    if causal:
+        return length
+    again = sum(
+        int(num_masked_after(step, settings.steps, torch.tensor(length), settings.schedule))
+        for step in range(settings.steps - 1)
+    )  # positions that are re-masked, then filled again
+    return length + again * ((policy_tokens == "all") + positions)

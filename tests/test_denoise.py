@@ -11,8 +11,9 @@ from grpo.noise import row_seeds
 from grpo.remasking import (
     FRESH_ONLY,
     POLICIES,
+    draw_log_probs,
+    draws_left,
     log_mask_probability,
-    plackett_luce_logprob,
     plackett_luce_weights,
 )
 from grpo.tokenizer import Vocabulary
@@ -20,6 +21,13 @@ from grpo.wavefront import proposal_logits, proposal_logprobs
 
 torch.set_num_threads(1)
 BASE, MASK = 20, 20
+
+
+def plackett_luce_logprob(log_weights, eligible, order):
+    """Log-probability [B] of whole choices: the sum of their draws."""
+    choice, position, left = draws_left(eligible, order)
+    drawn = draw_log_probs(log_weights, choice, left).gather(1, position[:, None])[:, 0]
+    return torch.zeros(len(order), dtype=torch.float64).index_add(0, choice, drawn)
 
 
 def make_model(mode="generator", base=BASE, std=0.5, dtype=torch.float32):
@@ -83,8 +91,10 @@ def test_trunk_forwards_per_step(model, policy, expected, sampler):
 
 def test_the_remasking_model_costs_its_own_forward_and_none_of_the_generators(model, classifier):
     calls = Counter()
-    hooks = [m.trunk.register_forward_hook(lambda *_, name=name: calls.update([name]))
-             for name, m in (("generator", model), ("classifier", classifier))]
+    hooks = [
+        m.trunk.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, m in (("generator", model), ("classifier", classifier))
+    ]
     run(model, prompts(), remasking="auto", remasking_model=classifier)
     for hook in hooks:
         hook.remove()
@@ -204,13 +214,24 @@ def test_probabilities_of_all_trajectories_sum_to_one(policy, randomness, sample
     tokens = torch.full((rows, 4 if sampler else 3), model.vocabulary.mask_id)
     tokens[:, 3:] = 1
     records = []
-    denoise(model, tokens, seeds=row_seeds(0, 0, 0, torch.arange(rows)), steps=2, remasking=policy,
-            randomness=randomness, sampler=sampler, mask_bias=1.0, remasking_model=classifier, on_step=records.append)
+    denoise(
+        model,
+        tokens,
+        seeds=row_seeds(0, 0, 0, torch.arange(rows)),
+        steps=2,
+        remasking=policy,
+        randomness=randomness,
+        sampler=sampler,
+        mask_bias=1.0,
+        remasking_model=classifier,
+        on_step=records.append,
+    )
     randomness = 1.0 if policy == "random" else randomness
     logprob = torch.zeros(rows, dtype=torch.float64)
     for record in records:
-        logprob += torch.zeros(record.masked.shape, dtype=torch.float64).masked_scatter(
-            record.masked, record.logprobs).sum(1)
+        logprob += (
+            torch.zeros(record.masked.shape, dtype=torch.float64).masked_scatter(record.masked, record.logprobs).sum(1)
+        )
         if record.scores is not None and randomness > 0:
             weights = plackett_luce_weights(record.scores, randomness)
             logprob += plackett_luce_logprob(weights, record.eligible, record.remask_order)

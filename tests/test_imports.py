@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
+    "config_model",
+    "config_rounds",
     "config",
     "config_file",
     "noise",

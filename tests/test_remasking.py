@@ -11,8 +11,9 @@ from grpo.remasking import (
     POLICIES,
     Filled,
     choose,
-    log_mask_probability,
-    plackett_luce_logprob,
+    draw_log_probs,
+    draws_left,
+    log_wrong_from_states,
     plackett_luce_weights,
     resolve_policy,
 )
@@ -20,6 +21,13 @@ from grpo.tokenizer import Vocabulary
 
 torch.set_num_threads(1)
 BASE = 20
+
+
+def plackett_luce_logprob(log_weights, eligible, order):
+    """Log-probability [B] of whole choices: the sum of their draws."""
+    choice, position, left = draws_left(eligible, order)
+    drawn = draw_log_probs(log_weights, choice, left).gather(1, position[:, None])[:, 0]
+    return torch.zeros(len(order), dtype=torch.float64).index_add(0, choice, drawn)
 
 
 def make_model(mode="generator", **options):
@@ -35,8 +43,16 @@ def make_model(mode="generator", **options):
 def a_filled_text(model, **changes):
     tokens = torch.randint(0, BASE, (3, 8), generator=torch.Generator().manual_seed(1))
     eligible = torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.6
-    facts = dict(model=model, tokens=tokens, attention_mask=None, eligible=eligible, num_eligible=int(eligible.sum()),
-                 confidences=torch.zeros(3, 8), mask_bias=0.0, remasking_model=None)
+    facts = dict(
+        model=model,
+        tokens=tokens,
+        attention_mask=None,
+        eligible=eligible,
+        num_eligible=int(eligible.sum()),
+        confidences=torch.zeros(3, 8),
+        mask_bias=0.0,
+        remasking_model=None,
+    )
     return Filled(**(facts | changes))
 
 
@@ -57,8 +73,9 @@ def test_the_first_available_policy_decides_unless_one_is_named():
 @torch.no_grad()
 def test_each_policy_gives_the_log_probability_of_wrong():
     model, classifier = make_model(), make_model("token_classifier")
-    filled = a_filled_text(model, mask_bias=1.5, remasking_model=classifier,
-                           confidences=torch.linspace(-9, 0, 24).view(3, 8))
+    filled = a_filled_text(
+        model, mask_bias=1.5, remasking_model=classifier, confidences=torch.linspace(-9, 0, 24).view(3, 8)
+    )
     logits = model(filled.tokens).double()[..., : BASE + 1]
     logits[..., BASE] += 1.5
     expected = {
@@ -71,10 +88,11 @@ def test_each_policy_gives_the_log_probability_of_wrong():
     for name, policy in POLICIES.items():
         verdict = policy(filled)
         assert verdict.log_wrong.dtype == torch.float64 and verdict.log_wrong.isfinite().all()
-        torch.testing.assert_close(verdict.log_wrong.exp()[filled.eligible], expected[name][filled.eligible],
-                                   rtol=1e-5, atol=1e-11)
-        if name == "self":
-            again = log_mask_probability(model, verdict.hidden, 1.5)
+        torch.testing.assert_close(
+            verdict.log_wrong.exp()[filled.eligible], expected[name][filled.eligible], rtol=1e-5, atol=1e-11
+        )
+        if name in ("self", "critic"):
+            again = log_wrong_from_states(name, model, verdict.hidden, 1.5)
             torch.testing.assert_close(again, verdict.log_wrong[filled.eligible], rtol=0, atol=0)
         else:
             assert verdict.hidden is None
@@ -92,7 +110,8 @@ def test_exactly_k_are_chosen_and_protected_positions_never_are():
         assert torch.equal(remask.sum(1), k.minimum(eligible.sum(1)))
         assert not (remask & ~eligible).any()
         listed = torch.zeros(rows, columns + 1, dtype=torch.long).scatter_add(
-            1, order.where(order >= 0, columns), torch.ones_like(order))
+            1, order.where(order >= 0, columns), torch.ones_like(order)
+        )
         assert torch.equal(listed[:, :columns], remask.long())
 
 
@@ -152,8 +171,14 @@ def test_choices_follow_the_plackett_luce_law():
     rows, randomness = 60_000, 0.6
     log_wrong = torch.tensor([-0.5, -1.0, -2.5], dtype=torch.float64)
     everywhere = torch.ones(rows, 3, dtype=torch.bool)
-    _, order = choose(log_wrong.expand(rows, -1), torch.full((rows,), 2), everywhere, randomness=randomness,
-                      seeds=row_seeds(0, 0, 0, torch.arange(rows)), step=3)
+    _, order = choose(
+        log_wrong.expand(rows, -1),
+        torch.full((rows,), 2),
+        everywhere,
+        randomness=randomness,
+        seeds=row_seeds(0, 0, 0, torch.arange(rows)),
+        step=3,
+    )
     weights = plackett_luce_weights(log_wrong, randomness)[None]
     for pair in itertools.permutations(range(3), 2):
         listed = torch.tensor([[*pair, -1]])

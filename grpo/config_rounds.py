@@ -1,0 +1,241 @@
+"""Sections of a run that use a base model: denoising, adversarial rounds, reward, evaluation, tracking.
+
+Fields and checks are written as in `grpo/config_model.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo.config_model import check, one_of
+
+REMASKING_POLICIES = ("auto", "model", "critic", "self", "confidence", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiseSection:
+    steps: int = 4
+    """S, denoising steps (trunk forwards that propose tokens)."""
+    schedule: str = "linear"
+    """How many [MASK]s are left after each step: `linear` or `cosine` (MaskGIT, arXiv:2202.04200)."""
+    temperature: float = 1.0
+    """Divides the logits of proposals."""
+    top_p: float = 1.0
+    """Nucleus mass of proposals (arXiv:1904.09751)."""
+    remasking: str = "random"
+    """`model`, `critic`, `self`, `confidence`, `random`, or `auto`: the first of these that the model has."""
+    remasking_model: str = ""
+    """Checkpoint of a token_classifier for `remasking: model`."""
+    randomness: float = 1.0
+    """0: the policy's top k; 1: uniform; between: a Plackett-Luce sample with weights P(wrong)^((1-r)/r)."""
+    sampler: bool = False
+    """Fill by the wavefront of the sampler head instead of all at once."""
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, "denoise.steps", "at least 1", self.steps)
+        one_of("denoise.schedule", self.schedule, ("linear", "cosine"))
+        check(self.temperature > 0, "denoise.temperature", "positive", self.temperature)
+        check(0 < self.top_p <= 1, "denoise.top_p", "above 0 and at most 1", self.top_p)
+        one_of("denoise.remasking", self.remasking, REMASKING_POLICIES)
+        check(
+            self.remasking != "model" or self.remasking_model,
+            "denoise.remasking_model",
+            "a checkpoint path when denoise.remasking is model",
+            self.remasking_model,
+        )
+        check(0 <= self.randomness <= 1, "denoise.randomness", "between 0 and 1", self.randomness)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSection:
+    base: str = ""
+    """Checkpoint of the base generator; empty: pretrain one first, cached by config hash."""
+    rounds: int = 60
+    """Rounds of rollout, score, generator phase, reward phase, publish."""
+    prompts: int = 32
+    """N, prompts per round, over all ranks."""
+    group_size: int = 8
+    """G, samples per prompt (GRPO, arXiv:2402.03300)."""
+    prompt_tokens: int = 16
+    """Tokens of natural text that each completion continues; the rest of data.block_size is generated."""
+    learning_rate: float = 3e-4
+    """AdamW learning rate of the generator's heads."""
+    grad_clip: float = 1.0
+    """Maximal gradient norm of each trainable part by itself."""
+    loss: str = "grpo"
+    """`grpo` (mean over each sample's actions, then over samples), `dr_grpo` (arXiv:2503.20783), `dapo`
+    (arXiv:2503.14476, mean over all actions) or `gspo` (arXiv:2507.18071, sequence-level ratio)."""
+    epsilon_low: float = 0.2
+    """Lower clip range of the likelihood ratio."""
+    epsilon_high: float = 0.28
+    """Upper clip range of the likelihood ratio (DAPO's clip-higher)."""
+    kl: float = 0.03
+    """Weight of the KL divergence to the base heads, exact over the vocabulary, nats per action."""
+    num_iterations: int = 1
+    """Passes over each round's rollouts."""
+    normalize: bool = True
+    """Divide advantages by the group's standard deviation (false: Dr. GRPO)."""
+    credit: str = "window"
+    """What a token earns: `sequence`: the pooled signal of its text; `token`: its own signal; `both`: its own plus the
+    text's mean; `window`: the mean signal within `credit_window` tokens of it."""
+    credit_window: int = 2
+    """Reach of credit `window`, tokens on each side: how far a token can make its neighbours implausible."""
+    neutral: bool = True
+    """Remove from the advantages what a change of temperature would explain, so that the first-order effect of an
+    update on the policy's entropy along that knob is zero."""
+    entropy: float = 1.0
+    """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control. Without it
+    the cheapest way to please a discriminator is a lower temperature."""
+    policy_tokens: str = "auto"
+    """Proposals that are credited: `all`, `kept`, or `auto` (kept where discarded ones change nothing that is kept)."""
+    policy_positions: bool = False
+    """Credit re-mask choices as actions, by their Plackett-Luce probability, also under `confidence` and `critic`;
+    under `self` they always are."""
+    residual: int = 256
+    """Width of the zero-initialised residual MLP in front of the generator's untied lm head; 0: none."""
+    anchor: float = 1.0
+    """Weight of the diffusion loss on natural text in the generator phase."""
+    num_workers: int = 1
+    """Ray Train workers (DDP ranks)."""
+    rollout_actors: int = 2
+    """Generator actors, each with a reward actor beside it, shared out over the ranks."""
+    checkpoint_every: int = 10
+    """Rounds between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rounds",
+            "prompts",
+            "num_iterations",
+            "num_workers",
+            "rollout_actors",
+            "checkpoint_every",
+            "keep",
+            "prompt_tokens",
+        ):
+            check(getattr(self, name) >= 1, f"grpo.{name}", "at least 1", getattr(self, name))
+        check(
+            self.group_size >= 2,
+            "grpo.group_size",
+            "at least 2 (advantages are relative to the group)",
+            self.group_size,
+        )
+        one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
+        one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
+        one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
+        check(0 < self.epsilon_low < 1, "grpo.epsilon_low", "between 0 and 1", self.epsilon_low)
+        check(self.epsilon_high > 0, "grpo.epsilon_high", "positive", self.epsilon_high)
+        for name in ("kl", "anchor", "entropy", "credit_window", "residual"):
+            check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
+        check(self.learning_rate > 0, "grpo.learning_rate", "positive", self.learning_rate)
+        check(
+            self.rollout_actors % self.num_workers == 0,
+            "grpo.rollout_actors",
+            f"a multiple of grpo.num_workers ({self.num_workers})",
+            self.rollout_actors,
+        )
+        check(
+            self.prompts % self.rollout_actors == 0,
+            "grpo.prompts",
+            f"a multiple of grpo.rollout_actors ({self.rollout_actors})",
+            self.prompts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSection:
+    layers: tuple[int, ...] = (-1,)
+    """Trunk layers whose hidden states the reward head reads; -1 is the normed output, k the output of block k."""
+    masked_passes: int = 2
+    """Trunk passes in which a share of the completion is masked, so that each token is also seen through the state
+    that predicts it; 0: visible states alone. A causal trunk needs no further pass."""
+    pooling: str = "both"
+    """`last` non-pad token, `mean` over completion tokens, or `both` concatenated."""
+    hidden: int = 256
+    """Width of the reward head's hidden layer."""
+    loss: str = "bce"
+    """`mse` on softmax (the source design), `bce` on logits with soft targets, or `bradley_terry`."""
+    signal: str = "log_odds"
+    """Reward of the generator: `probability` P(natural), or `log_odds`, which does not saturate."""
+    learning_rate: float = 1e-3
+    """AdamW learning rate of the reward head."""
+    smoothing: float = 0.1
+    """Label smoothing: targets are smoothing and 1 - smoothing."""
+    ema: float = 0.9
+    """Decay per round of the averaged head that scores; 0: score with the trained head itself."""
+    spectral_norm: bool = False
+    """Spectral normalisation of the head's matrices (arXiv:1802.05957)."""
+    replay_rounds: int = 8
+    """Rounds of earlier rollouts kept for the reward phase."""
+    batch_size: int = 256
+    """Natural plus generated texts per reward step."""
+    min_steps: int = 4
+    """Fewest reward steps of a round."""
+    max_steps: int = 8
+    """Most reward steps of a round."""
+    warmup_rounds: int = 6
+    """Rounds before the first generator phase in which only the reward head trains."""
+    warmup_steps: int = 30
+    """Reward steps of each of these rounds."""
+    band_low: float = 0.6
+    """Held-out accuracy below which the controller adds reward steps."""
+    band_high: float = 0.95
+    """Held-out accuracy above which the controller removes reward steps."""
+
+    def __post_init__(self) -> None:
+        one_of("reward.pooling", self.pooling, ("last", "mean", "both"))
+        one_of("reward.loss", self.loss, ("mse", "bce", "bradley_terry"))
+        one_of("reward.signal", self.signal, ("probability", "log_odds"))
+        check(len(self.layers) >= 1, "reward.layers", "at least one layer", self.layers)
+        check(
+            self.masked_passes == 0 or self.masked_passes >= 2,
+            "reward.masked_passes",
+            "0 or at least 2 (one pass would hide every neighbour)",
+            self.masked_passes,
+        )
+        check(0 <= self.smoothing < 0.5, "reward.smoothing", "at least 0 and below 0.5", self.smoothing)
+        check(0 <= self.ema < 1, "reward.ema", "at least 0 and below 1", self.ema)
+        check(
+            0.5 <= self.band_low < self.band_high <= 1,
+            "reward.band_low",
+            f"at least 0.5 and below reward.band_high ({self.band_high})",
+            self.band_low,
+        )
+        check(
+            0 <= self.min_steps <= self.max_steps,
+            "reward.min_steps",
+            f"between 0 and reward.max_steps ({self.max_steps})",
+            self.min_steps,
+        )
+        check(
+            self.batch_size >= 4 and self.batch_size % 2 == 0,
+            "reward.batch_size",
+            "an even number of at least 4",
+            self.batch_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    samples: int = 512
+    """Texts per evaluated setting, and natural ones beside them."""
+    judge_steps: int = 500
+    """Optimizer steps of the independent causal judge."""
+    judge_layers: int = 3
+    """Blocks of the judge."""
+    judge_width: int = 96
+    """Width of the judge."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "judge_steps", "judge_layers", "judge_width"):
+            check(getattr(self, name) >= 1, f"evaluation.{name}", "at least 1", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSection:
+    uri: str = ""
+    """MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else a SQLite store in run.output."""
+    experiment: str = "grpo"
+    """MLflow experiment."""
