@@ -52,14 +52,15 @@ START = "\n"
 
 
 def find_checkpoint(path: str) -> Path:
-    """The checkpoint folder itself, or the newest below a run's folder.
+    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint.
 
     Raises:
         ValueError: there is none.
     """
     folder = Path(path)
-    if (folder / "manifest.json").is_file():
-        return folder
+    for finished in (folder, folder / "final", folder / "best"):
+        if (finished / "manifest.json").is_file():
+            return finished
     for root in (folder, folder / "checkpoints"):
         newest = latest_checkpoint(root) if root.is_dir() else None
         if newest is not None:
