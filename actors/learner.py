@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.phase import Phase, accumulating
@@ -43,7 +44,16 @@ from grpo.policy_loss import (
     temperature_direction,
 )
 from grpo.reward_loss import dense_rewards, discriminator_loss, entropy_coefficient, log_odds, reward_steps
-from grpo.trajectory import Rollout, policy_log_probs
+from grpo.trajectory import (
+    Rollout,
+    action_tables,
+    credited,
+    credited_tokens,
+    credits_positions,
+    most_actions,
+    policy_log_probs,
+    taken,
+)
 
 ANCHOR_STREAM = 21
 PAIR_STREAM = 22
@@ -175,9 +185,8 @@ class Learner:
         grpo = self.config.grpo
         rollouts = [rollout.to(self.device) for rollout in rollouts]
         advantages, sums = self._advantages(rollouts, scores)
-        num_actions = self._sum(sum(len(r.actions) for r in rollouts))
-        num_samples = self._sum(sum(len(r.tokens) for r in rollouts))
-        actions_per_row = self._actions_per_row(rollouts[0])
+        weights = self._weights(rollouts)
+        credits = self._credits(rollouts, advantages, weights)
         ratio_max = torch.zeros((), device=self.device)
         norms: dict[str, Tensor] = {}
         for iteration in range(grpo.num_iterations):
@@ -187,14 +196,12 @@ class Learner:
 
                 def losses(
                     rollout: Rollout = rollout,
-                    advantage: Tensor = advantages[index],
+                    index: int = index,
                     last: bool = last,
                     iteration: int = iteration,
                 ) -> Tensor:
                     nonlocal ratio_max
-                    loss, part, largest = self._policy_losses(
-                        rollout, advantage, num_samples, num_actions, actions_per_row
-                    )
+                    loss, part, largest = self._policy_losses(rollout, credits[index], weights[index])
                     ratio_max = torch.maximum(ratio_max, largest)
                     _accumulate(sums, part)
                     if last and grpo.anchor:
@@ -220,7 +227,6 @@ class Learner:
             "ratio_max": float(self.all_reduce(ratio_max, "max")),
             "learning_rate": grpo.learning_rate,
             "mask_bias": self.bias,
-            "completion_length": float(rollouts[0].completion_mask.sum(-1).float().mean()),
             **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()},
         }
 
@@ -364,50 +370,75 @@ class Learner:
                     "reward": weighted_sum(per_text, ones),
                     "reward_square": weighted_sum(per_text.square(), ones),
                     "p_natural": weighted_sum(natural, ones),
+                    "completion_length": weighted_sum(mask.sum(-1), ones),
                     "advantage_square": weighted_sum(each.square(), mask),
                     "zero_spread_groups": torch.stack([equal_groups(grouped).double(), groups.double()]),
                 },
             )
         return advantages, sums
 
+    def _weights(self, rollouts: list[Rollout]) -> list[Tensor]:
+        """[M + D] weight of each action of each rollout, with denominators over all rollouts and ranks."""
+        grpo, denoise = self.config.grpo, self.config.denoise
+        most = most_actions(
+            self.config.data.block_size - grpo.prompt_tokens,
+            denoise,
+            policy_tokens=credited_tokens(grpo.policy_tokens, self.remasking, denoise.sampler),
+            positions=credits_positions(grpo.policy_positions, self.remasking, denoise.randomness),
+            causal=self.model.trunk.causal,
+        )
+        rows = [credited(rollout, "rows") for rollout in rollouts]
+        total_actions = self._sum(sum(len(each) for each in rows))
+        total_rows = self._sum(sum(len(rollout.tokens) for rollout in rollouts))
+        return [
+            action_weights(
+                each,
+                len(rollout.tokens),
+                loss=grpo.loss,
+                total_rows=total_rows,
+                total_actions=total_actions,
+                actions_per_row=most,
+            )
+            for each, rollout in zip(rows, rollouts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _credits(self, rollouts: list[Rollout], advantages: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """[M + D] advantage of each action; without the part that the temperature explains, if so configured."""
+        credits = [a[credited(r, "rows"), credited(r, "positions")] for a, r in zip(advantages, rollouts, strict=True)]
+        if not self.config.grpo.neutral:
+            return credits
+        knobs = []
+        for rollout, credit in zip(rollouts, credits, strict=True):
+            knob = temperature_direction(rollout.logprobs, policy_log_probs(self.model, rollout))
+            knob = F.pad(knob, (0, len(credit) - len(knob)))  # re-mask draws know no temperature
+            knobs.append(knob * (credit != 0))  # groups of equal reward stay without credit
+        parts = list(zip(weights, credits, knobs, strict=True))
+        sums = self.all_reduce(sum(torch.stack([(w * c * k).sum(), (w * k.square()).sum()]) for w, c, k in parts))
+        return [credit - sums[0] / sums[1].clamp(min=1e-12) * knob for _, credit, knob in parts]
+
     def _policy_losses(
-        self, rollout: Rollout, advantages: Tensor, num_samples: Tensor, num_actions: Tensor, actions_per_row: int
+        self, rollout: Rollout, credit: Tensor, weights: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         grpo = self.config.grpo
-        log_policy = policy_log_probs(self.model, rollout)
-        logprobs = log_policy.gather(-1, rollout.actions[:, None]).squeeze(-1)
-        common = {"rows": rollout.rows, "loss": grpo.loss}
-        ratios = likelihood_ratios(logprobs, rollout.logprobs, num_rows=len(rollout.tokens), **common)
-        weights = action_weights(
+        policy = action_tables(self.model, rollout)
+        with torch.no_grad():
+            reference = action_tables(self.reference, rollout)
+        ratios = likelihood_ratios(
+            taken(policy, rollout),
+            credited(rollout, "logprobs"),
+            rows=credited(rollout, "rows"),
             num_rows=len(rollout.tokens),
-            total_rows=num_samples,
-            total_actions=num_actions,
-            actions_per_row=actions_per_row,
-            **common,
+            loss=grpo.loss,
         )
         loss, metrics = clipped_policy_loss(
-            ratios,
-            self._credit(rollout, advantages, log_policy.detach()),
-            weights,
-            epsilon_low=grpo.epsilon_low,
-            epsilon_high=grpo.epsilon_high,
+            ratios, credit, weights, epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high
         )
-        with torch.no_grad():
-            log_reference = policy_log_probs(self.reference, rollout)
-        kl = exact_kl(log_policy, log_reference)
-        spread = entropy(log_policy)
-        metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, weights)}
-        loss = loss + (weights * (grpo.kl * kl - self.entropy_weight * spread)).sum()
+        kl = torch.cat([exact_kl(*tables).to(ratios.dtype) for tables in zip(policy, reference, strict=True)])
+        spread, of_tokens = entropy(policy[0]), weights[: len(rollout.actions)]
+        metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, of_tokens)}
+        loss = loss + grpo.kl * (weights * kl).sum() - self.entropy_weight * (of_tokens * spread).sum()
         return loss, metrics, ratios.detach().max()
-
-    def _credit(self, rollout: Rollout, advantages: Tensor, log_policy: Tensor) -> Tensor:
-        """[M] advantage of each action; without the part that the temperature explains, if so configured."""
-        credit = advantages[rollout.rows, rollout.positions]
-        if not self.config.grpo.neutral:
-            return credit
-        knob = temperature_direction(rollout.logprobs, log_policy)
-        sums = self.all_reduce(torch.stack([(credit * knob).sum(), knob.square().sum()]))
-        return credit - sums[0] / sums[1].clamp(min=1e-12) * knob
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The multi-task loss on natural text with the mask-bias controller, heads only (DESIGN 9)."""
@@ -425,10 +456,12 @@ class Learner:
 
     def _calibrate(self, features: Tensor, mask: Tensor) -> None:
         """Standardise the reward head's features by the first round's natural text of all ranks."""
+        chosen = features[mask].double()
+        count = self._sum(len(chosen)).double()
+        mean = self.all_reduce(chosen.sum(0)) / count
+        variance = self.all_reduce((chosen - mean).square().sum(0)) / (count - 1)
         for head in (self.reward_head, self.average):
-            head.calibrate(features, mask)
-            for buffer in (head.shift, head.scale):
-                buffer.copy_(self.all_reduce(buffer.clone()) / self.world)
+            head.calibrate(mean, variance.sqrt())
 
     def _gather(self, ages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Features [2m, T - P, F] and masks of m pairs: generated first, natural second."""
@@ -439,10 +472,6 @@ class Learner:
                 features.append(self.buffer[age].features[side][chosen])
                 masks.append(self.buffer[age].mask[side][chosen])
         return torch.cat(features), torch.cat(masks)
-
-    def _actions_per_row(self, rollout: Rollout) -> int:
-        length = rollout.tokens.shape[1] - self.config.grpo.prompt_tokens
-        return length * (self.config.denoise.steps if self.remasking != "random" else 1)
 
     def _sum(self, count: int) -> Tensor:
         return self.all_reduce(torch.tensor(float(count), device=self.device))

@@ -140,11 +140,10 @@ class RewardHead(nn.Module):
                 spectral_norm(layer)
 
     @torch.no_grad()
-    def calibrate(self, features: Tensor, completion_mask: Tensor) -> None:
-        """Fix the standardisation of each feature to the mean and spread of these tokens, [B, T, F] and [B, T] bool."""
-        chosen = features[completion_mask].float()
-        self.shift.copy_(chosen.mean(0))
-        self.scale.copy_(1 / chosen.std(0).clamp(min=1e-4))
+    def calibrate(self, mean: Tensor, spread: Tensor) -> None:
+        """Fix the standardisation of each feature to the mean and standard deviation [F] of natural text."""
+        self.shift.copy_(mean)
+        self.scale.copy_(1 / spread.clamp(min=1e-4))
 
     def forward(self, features: Tensor, completion_mask: Tensor) -> RewardOutput:
         """Score texts.

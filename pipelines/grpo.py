@@ -41,7 +41,7 @@ from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
 from grpo.remasking import resolve_policy
-from grpo.trajectory import credited_tokens
+from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
@@ -182,7 +182,8 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
             (heads,),
             settings=config.denoise,
             remasking=remasking,
-            policy_tokens=credited_tokens(grpo.policy_tokens, remasking),
+            policy_tokens=credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
+            positions=credits_positions(grpo.policy_positions, remasking, config.denoise.randomness),
             prompt_tokens=grpo.prompt_tokens,
             group_size=grpo.group_size,
             min_neighbors_ratio=config.sampler.min_neighbors_ratio,
