@@ -5,7 +5,7 @@ P(filled token != clean token).
 
 1. The truth is the clean token, not the training target, which is [MASK] at a replaced position.
 2. Fills are sampled, never arg-max, over words only, from detached logits: the critic must know the generator's real
-   errors. One uniform per position and an inverse distribution function in float64; a Gumbel per word would need V.
+   errors. They are drawn as the denoiser draws its proposals (`wavefront.sample_tokens`).
 3. Pads and positions out of scope are neither right nor wrong.
 """
 
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from grpo.corruption import Corrupted
 from grpo.metrics import weighted_sum
+from grpo.model import text_logits
 from grpo.noise import uniforms
 from grpo.tokenizer import Vocabulary
+from grpo.wavefront import sample_tokens
 
 _FILL = 0x46494C4C
 
@@ -35,11 +37,10 @@ def fill_masks(inputs: Tensor, logits: Tensor, *, vocabulary: Vocabulary, seeds:
     Returns:
         [B, T] int64 without [MASK]s.
     """
-    positions = torch.arange(inputs.shape[1], device=inputs.device)
-    cumulative = logits[..., : vocabulary.base_size].double().softmax(-1).cumsum(-1)
-    threshold = uniforms(seeds[:, None], _FILL, positions) * cumulative[..., -1]
-    words = torch.searchsorted(cumulative, threshold[..., None], right=True).squeeze(-1)
-    return torch.where(inputs == vocabulary.mask_id, words.clamp(max=vocabulary.base_size - 1), inputs)
+    masked = inputs == vocabulary.mask_id
+    row, column = masked.nonzero(as_tuple=True)
+    drawn = sample_tokens(text_logits(logits, vocabulary)[row, column], uniforms(seeds[row], _FILL, column))
+    return inputs.masked_scatter(masked, drawn.tokens)
 
 
 def critic_targets(filled: Tensor, clean: Tensor) -> Tensor:

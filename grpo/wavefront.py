@@ -17,6 +17,7 @@ any known token first seeds itself with its most confident positions from the lm
    purpose, position) and not of the wave, so that a position-by-position loop draws the same text.
 6. The auxiliary loss reaches the sampler head alone: hidden states, neighbour embeddings and the lm head's matrix are
    detached. Its neighbours are the clean tokens, each side hidden at random, as inference meets both, one or none.
+   It computes heads at [MASK]s alone, whose number is one host read.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, to
     total = cumulative[:, -1:].contiguous()
     tokens = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
     tokens = tokens.minimum(torch.searchsorted(cumulative, total))  # the last possible token, should the noise round up
+    tokens = tokens.clamp(max=logprobs.shape[-1] - 1)  # NaN logits are reported as such, not as a bad index
     chosen = logprobs.gather(-1, tokens)[:, 0]
     plain = chosen if temperature == 1 and top_p == 1 else proposal_logprobs(logits, 1.0).gather(-1, tokens)[:, 0]
     return Sampled(tokens[:, 0], chosen, plain, support)
@@ -357,16 +359,15 @@ def sampler_loss(
         (loss, metrics): the pair `loss_sampler` (see `grpo/metrics.py`), nats per masked position.
     """
     vocabulary = model.vocabulary
-    column = torch.arange(clean.shape[1], device=clean.device)
+    row, column = masked.nonzero(as_tuple=True)
     edged = F.pad(clean, (1, 1), value=vocabulary.pad_id)
-    sides = torch.stack([edged[:, :-2], edged[:, 2:]], dim=-1)
-    noise = torch.stack([uniforms(seeds[:, None], side, column) for side in (HIDE_LEFT, HIDE_RIGHT)], dim=-1)
+    sides = torch.stack([edged[row, column], edged[row, column + 2]], dim=-1)
+    noise = torch.stack([uniforms(seeds[row], side, column) for side in (HIDE_LEFT, HIDE_RIGHT)], dim=-1)
     left, right = model.embed_known(torch.where(noise < side_dropout, -1, sides)).detach().unbind(-2)
-    states = model.heads["sampler"](hidden.detach(), left, right)
+    states = model.heads["sampler"](hidden.detach()[row, column], left, right)
     lm = model.heads["lm"]
     constants = {name: value.detach() for name, value in (*lm.named_parameters(), ("matrix", lm.weight))}
     logits = text_logits(functional_call(lm, constants, (states,)), vocabulary)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    targets = torch.where(masked, clean, -100).flatten()  # cross_entropy ignores -100
-    total = F.cross_entropy(logits, targets, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, clean[row, column], reduction="sum")
     return total / denominator, {"loss_sampler": torch.stack([total.detach(), masked.sum()]).double()}
