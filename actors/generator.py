@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
@@ -26,8 +24,8 @@ class Generator:
     def __init__(
         self,
         blueprint: Blueprint,
-        trunk: Arrays | tuple[Any],
-        heads: Arrays | tuple[Any],
+        trunk: Arrays | bytes,
+        heads: Arrays | bytes,
         *,
         settings: DenoiseSection,
         remasking: str,

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +36,8 @@ class Reward:
     def __init__(
         self,
         blueprint: Blueprint,
-        trunk: Arrays | tuple[Any],
-        heads: Arrays | tuple[Any],
+        trunk: Arrays | bytes,
+        heads: Arrays | bytes,
         *,
         threads: int,
         device: str = "cpu",

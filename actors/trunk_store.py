@@ -71,13 +71,20 @@ def publish(state: dict[str, Tensor]) -> Any:
     return ray.put(to_arrays(state))
 
 
-def fetch(given: Arrays | tuple[Any]) -> Arrays:
-    """Arrays, or those behind a reference in a 1-tuple: Ray resolves a bare one, but not when it restarts an actor."""
+def seal(reference: Any) -> bytes:
+    """A reference that Ray does not see as an argument, so that an actor can be restarted with it; pins the object."""
+    import ray
+
+    return ray.cloudpickle.dumps(reference)
+
+
+def fetch(given: Arrays | bytes) -> Arrays:
+    """Arrays, or those behind a sealed reference, mapped."""
     if isinstance(given, dict):
         return given
     import ray
 
-    return ray.get(given[0], timeout=FETCH_TIMEOUT_S)
+    return ray.get(ray.cloudpickle.loads(given), timeout=FETCH_TIMEOUT_S)
 
 
 def mount(

@@ -35,7 +35,7 @@ import torch
 
 from actors.generator import Generator
 from actors.reward import Reward
-from actors.trunk_store import Blueprint, publish, to_arrays
+from actors.trunk_store import Blueprint, publish, seal, to_arrays
 from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
@@ -178,8 +178,8 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     generators = [
         remote_generator.remote(
             blueprint,
-            (trunk,),
-            (heads,),
+            seal(trunk),
+            seal(heads),
             settings=config.denoise,
             remasking=remasking,
             policy_tokens=credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
@@ -193,7 +193,9 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
         )
         for _ in range(grpo.rollout_actors)
     ]
-    rewards = [remote_reward.remote(blueprint, (trunk,), (scoring,), **common) for _ in range(grpo.rollout_actors)]
+    rewards = [
+        remote_reward.remote(blueprint, seal(trunk), seal(scoring), **common) for _ in range(grpo.rollout_actors)
+    ]
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
         yield Job(
