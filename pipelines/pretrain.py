@@ -39,7 +39,7 @@ from grpo.checkpoint import (
 )
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
-from grpo.data import open_dataset
+from grpo.data import Dataset, open_dataset, windows
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, newest_step, worker_loop
@@ -65,8 +65,10 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
         SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written.
     """
     started = time.monotonic()
-    dataset = prepare(config.data, config.run.cache)
-    decides = what_decides(config, dataset)
+    dataset = open_dataset(prepare(config.data, config.run.cache))
+    for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
+        windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said before anything starts
+    decides = what_decides(config, dataset.folder)
     if folder is None:
         folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
     with _alone(folder):
@@ -95,14 +97,13 @@ def what_decides(config: Config, dataset: Path) -> dict[str, Any]:
     return {**values, "pretrain": settings, **{name: sections[name] for name in names}}
 
 
-def _fit_and_track(config: Config, dataset: Path, folder: Path, display: Display) -> dict[str, Any]:
+def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Display) -> dict[str, Any]:
     """Train under one MLflow run, which the driver owns and rank 0 writes to; returns rank 0's figures."""
     tracking = replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output))
-    meta = open_dataset(dataset).meta
     with Tracker(tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1) as tracker:
-        tracker.dataset(dataset.name, dataset.name, config.data.source, meta["splits"])
+        tracker.dataset(dataset.folder.name, dataset.folder.name, config.data.source, dataset.meta["splits"])
         start_ray()
-        figures = _fit(Job(config=replace(config, tracking=tracking), dataset=dataset, folder=folder, board=None,
+        figures = _fit(Job(config=config, dataset=dataset.folder, folder=folder, tracking=tracking, board=None,
                            mlflow_run=tracker.run_id), display)
         tracker.artifact(folder / "best", "model")
         return figures
@@ -169,9 +170,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _check_same(folder: Path, decides: dict[str, Any]) -> None:
-    """A folder belongs to one config: name the first key that differs."""
+    """A folder that holds weights belongs to one config: name the first key that differs."""
     path = folder / "decides.json"
-    if not path.exists():
+    if not path.exists() or not (newest_step(folder) or (folder / "best").exists()):
         _write_json(path, decides)
         return
     before, now = (_flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))

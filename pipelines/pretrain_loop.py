@@ -33,7 +33,7 @@ from grpo.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from grpo.config import Config
+from grpo.config import Config, TrackingSection
 from grpo.config_file import to_dict
 from grpo.data import Cursor, Dataset, open_dataset, windows
 from grpo.metrics import merge_sums
@@ -61,6 +61,8 @@ class Job:
     config: Config
     dataset: Path
     folder: Path
+    tracking: TrackingSection
+    """With the URI that the driver resolved."""
     board: Any
     """Handle of the `ProgressBoard` actor."""
     mlflow_run: str | None
@@ -95,7 +97,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
         if rank > 0:
             return train(job, ranks, lambda done, figures: False, lambda figures, step: None)
         start = newest_step(job.folder)
-        with Tracker(job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
+        with Tracker(job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
                      start_step=start + 1) as tracker:
             return train(job, ranks, _reporter(job.board, job.config.pretrain.steps), tracker.log)
     except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
@@ -237,10 +239,10 @@ def _all_stop(stop: bool, ranks: Ranks, meeting: bool) -> bool:
 
 
 def _finite(figures: dict[str, float], first: int, last: int) -> dict[str, float]:
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} became {value} within steps {first + 1} to {last}: lower pretrain.learning_rate "
-                             "and choose another run.name; the last good checkpoint is kept")
+    for name in sorted(figures, key=lambda name: not name.startswith("loss")):
+        if not math.isfinite(figures[name]):
+            raise ValueError(f"{name} became {figures[name]} within steps {first + 1} to {last}: lower "
+                             "pretrain.learning_rate and choose another run.name; the last good checkpoint is kept")
     return figures
 
 
