@@ -46,9 +46,7 @@ from pipelines.evaluate import fit_judge, measure, measure_natural, quality_tabl
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
-from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, pretrain
-from pipelines.pretrain import _alone as alone
-from pipelines.pretrain import _write_json as write_json
+from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, pretrain, write_json
 from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals
 from pipelines.ranks import beside_main_thread
 from pipelines.rounds import Job, newest_round, worker_loop

@@ -27,9 +27,8 @@ import fcntl
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -44,6 +43,7 @@ from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, newest_step, worker_loop
 from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals, summary_table
+from pipelines.ranks import beside_main_thread
 from pipelines.tracking import Tracker, tracking_uri
 
 MAX_FAILURES = 3
@@ -71,14 +71,14 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
     decides = what_decides(config, dataset.folder)
     if folder is None:
         folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
-    with _alone(folder):
+    with alone(folder):
         _check_same(folder, decides)
         if not ((folder / "summary.json").exists() and (folder / "best").exists()):
             save_config(config, folder / "config.yaml")
             with contextlib.nullcontext(display) if display else Display() as shown:
                 figures = _fit_and_track(config, dataset, folder, shown)
             summary = {"mode": config.pretrain.mode, **figures, "wall_s": time.monotonic() - started}
-            _write_json(folder / "summary.json", summary)
+            write_json(folder / "summary.json", summary)
     return folder / "best"
 
 
@@ -141,27 +141,8 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     return result
 
 
-def beside_main_thread(call: Callable[[], Any]) -> Any:
-    """Run a blocking call on a thread of its own: the main one keeps its signal handlers, which `fit` would replace."""
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["value"] = call()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, name="fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=1.0)
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]
-
-
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; a second process waits, and then finds the finished model."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -173,7 +154,7 @@ def _check_same(folder: Path, decides: dict[str, Any]) -> None:
     """A folder that holds weights belongs to one config: name the first key that differs."""
     path = folder / "decides.json"
     if not path.exists() or not (newest_step(folder) or (folder / "best").exists()):
-        _write_json(path, decides)
+        write_json(path, decides)
         return
     before, now = (_flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
     for key in sorted(before.keys() | now.keys()):
@@ -189,7 +170,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
 from actors.classifier import SequenceScorer, Teacher, TokenClassifier
 from actors.pretrainer import Pretrainer
@@ -38,7 +36,7 @@ from grpo.config_file import to_dict
 from grpo.data import Cursor, Dataset, open_dataset, windows
 from grpo.metrics import merge_sums
 from grpo.model import GPT
-from pipelines.launch import worker_threads
+from pipelines.ranks import Ranks, worker_ranks
 from pipelines.tracking import Tracker
 
 KEEP = 2
@@ -69,32 +67,12 @@ class Job:
     """Id of the driver's run; None while the store is away."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """Data parallelism as the loop sees it: a rank among others, what wraps a module, what reduces a tensor."""
-
-    rank: int = 0
-    world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor
-    device: str = "cpu"
-
-
 def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each rank."""
-    import ray.train
-    import ray.train.torch
-
     job: Job = settings["job"]
-    context, device = ray.train.get_context(), ray.train.torch.get_device()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    if device.type == "cpu":
-        torch.set_num_threads(worker_threads(job.config.run.threads, context.get_local_world_size()))
-    ranks = Ranks(rank=rank, device=str(device))
-    if world > 1:
-        ranks = Ranks(rank=rank, world=world, wrap=data_parallel, all_reduce=all_reduce, device=str(device))
+    ranks = worker_ranks(job.config.run.threads)
     try:
-        if rank > 0:
+        if ranks.rank > 0:
             return train(job, ranks, lambda done, figures: False, lambda figures, step: None)
         start = newest_step(job.folder)
         with Tracker(job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
@@ -102,17 +80,6 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
             return train(job, ranks, _reporter(job.board, job.config.pretrain.steps), tracker.log)
     except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
         return {"error": str(error)}
-
-
-def data_parallel(module: nn.Module) -> nn.Module:
-    """DDP that lets heads which have not joined yet go without gradients."""
-    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-
-
-def all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
-    """Reduce over the ranks, in place."""
-    dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
-    return tensor
 
 
 def _reporter(board: Any, total: int) -> Report:

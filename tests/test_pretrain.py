@@ -31,7 +31,8 @@ from grpo.config_file import save_config, to_dict
 from grpo.data import make_dataset
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
-from pipelines.pretrain_loop import Job, Ranks, newest_step, train
+from pipelines.pretrain_loop import Job, newest_step, train
+from pipelines.ranks import Ranks
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
