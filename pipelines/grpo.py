@@ -204,6 +204,7 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
             remasking=remasking,
             trunk=(trunk,),
             heads=(heads,),
+            mask_bias=(load_checkpoint(paths.base).state or {}).get("mask_bias"),
             generators=generators,
             rewards=rewards,
             board=board,
@@ -252,7 +253,7 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
 
 
 def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:
-    prompt, completion = rows["final"]["samples"][0]
+    prompt, completion = max(rows["final"]["samples"], key=lambda sample: sum(map(str.isalpha, "".join(sample))))
     quality_table(
         f"{folder.name}: {config.denoise.steps} denoising steps, {config.evaluation.samples} texts, "
         f"{summary['wall_s']:.0f} s",

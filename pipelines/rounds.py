@@ -49,6 +49,8 @@ class Job:
     """Reference of the published trunk, in a tuple so that Ray does not fetch it on the way."""
     heads: tuple[Any]
     """Reference of the base heads."""
+    mask_bias: dict[str, float] | None
+    """The base model's mask-bias controller, which the rounds go on steering; None: it has none."""
     generators: list[Any]
     """Handles of the generator actors, in the order of the prompts that they own."""
     rewards: list[Any]
@@ -184,6 +186,8 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
         all_reduce=ranks.all_reduce,
         device=ranks.device,
     )
+    if job.mask_bias:
+        learner.mask_bias.load_state_dict(job.mask_bias)
     tokenizer = open_dataset(job.dataset).tokenizer
     source = Rollouts(job, ranks)
     done, history = _resume(job.folder, learner, ranks)
