@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from actors.judge import Judge, judge_config
+from grpo.config import (
+    Config,
+    DataSection,
+    DenoiseSection,
+    EvaluationSection,
+    GrpoSection,
+    ModelSection,
+    PretrainSection,
+)
+from grpo.data import Cursor, make_dataset, windows
+from grpo.text_quality import judge_nll
+
+torch.set_num_threads(1)
+CONFIG = Config(
+    data=DataSection(block_size=16, judge_fraction=0.4, validation_fraction=0.2),
+    model=ModelSection(n_layer=3, n_head=2, n_embd=24),
+    denoise=DenoiseSection(remasking="critic", sampler=True),
+    grpo=GrpoSection(prompt_tokens=4),
+    pretrain=PretrainSection(batch_size=16, warmup=10, num_workers=2, learning_rate=1e-2),
+    evaluation=EvaluationSection(judge_steps=60, judge_layers=1, judge_width=16),
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    documents = ["".join("abcdefgh"[(i * 5 + j * 3) % 8] for j in range(200)) for i in range(30)]
+    return make_dataset(documents, CONFIG.data, tmp_path_factory.mktemp("data") / "x")
+
+
+def test_the_judge_is_a_causal_model_of_its_own_size():
+    config = judge_config(CONFIG)
+    assert (config.model.attention, config.model.n_layer, config.model.n_embd) == ("causal", 1, 16)
+    assert not (config.model.critic or config.model.sampler or config.denoise.sampler)
+    assert (config.pretrain.steps, config.pretrain.num_workers, config.pretrain.warmup) == (60, 1, 7)
+
+
+def test_the_judge_reads_its_own_split_alone_and_learns(dataset, monkeypatch):
+    splits = []
+
+    def cursor(dataset, split, *rest):
+        splits.append(split)
+        return Cursor(dataset, split, *rest)
+
+    monkeypatch.setattr("actors.judge.Cursor", cursor)
+    judge = Judge(CONFIG, dataset, threads=1)
+    validation = windows(dataset, "validation", 16, 16, 0).tokens
+    before, steps = float(judge_nll(judge.model, validation, 4, None)), []
+    model = judge.train(steps.append)
+    assert steps == list(range(60)) and splits == ["judge"]
+    assert before > 4.5 and float(judge_nll(model, validation, 4, None)) < 1.5 and not model.training

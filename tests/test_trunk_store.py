@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from actors.trunk_store import Blueprint, fetch, load_heads, mount, to_arrays, to_tensors
+from grpo.config import ModelSection, RewardSection
+from grpo.model import GPT
+from grpo.tokenizer import Vocabulary
+
+torch.set_num_threads(1)
+SECTION = ModelSection(n_layer=1, n_head=2, n_embd=16)
+BLUEPRINT = Blueprint(model=SECTION, vocabulary=Vocabulary(12), block_size=8, reward=RewardSection(hidden=8))
+
+
+def a_model(residual=4, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = GPT(SECTION, Vocabulary(12), block_size=8).eval()
+    model.trunk.to(dtype)
+    model.untie(residual)
+    return model
+
+
+def parts(model):
+    """A published trunk, read-only as the object store gives it, and heads."""
+    trunk = {name: array.copy() for name, array in to_arrays(model.trunk.state_dict()).items()}
+    for array in trunk.values():
+        array.flags.writeable = False
+    return trunk, to_arrays(model.heads.state_dict())
+
+
+TOKENS = torch.randint(0, 12, (3, 8), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [0, 4])
+def test_a_mounted_model_is_the_published_one_on_the_published_memory(dtype, residual):
+    model = a_model(residual, dtype)
+    trunk, heads = parts(model)
+    mounted = mount(BLUEPRINT, "generator", trunk, heads, lm_residual=residual)
+    with torch.no_grad():
+        for head in ("lm", "critic"):
+            assert torch.equal(mounted(TOKENS, head), model(TOKENS, head))
+    for name, parameter in mounted.trunk.named_parameters():
+        assert parameter.data_ptr() == trunk[name].__array_interface__["data"][0], name
+        assert parameter.dtype == dtype and not parameter.requires_grad
+    assert not mounted.training and mounted.trunk.frozen and not mounted.heads["lm"].tied
+    for name, parameter in mounted.heads.named_parameters():  # heads are copies, and train
+        assert parameter.data_ptr() != heads[name].__array_interface__["data"][0] and parameter.requires_grad
+
+
+def test_arrays_and_tensors_are_the_same_memory_and_bits():
+    tensor = torch.randn(5, 3).bfloat16()
+    arrays = to_arrays({"x": tensor, "y": torch.arange(3.0)})
+    assert arrays["x"].dtype == np.uint16 and arrays["x"].__array_interface__["data"][0] == tensor.data_ptr()
+    back = to_tensors(arrays)
+    assert (
+        torch.equal(back["x"], tensor) and back["x"].data_ptr() == tensor.data_ptr() and back["y"].tolist() == [0, 1, 2]
+    )
+
+
+def test_a_reward_model_stands_on_the_generators_trunk():
+    model = a_model()
+    trunk, _ = parts(model)
+    scoring = BLUEPRINT.build("reward").heads.state_dict()
+    reward = mount(BLUEPRINT, "reward", trunk, to_arrays(scoring))
+    assert reward.trunk.wte.weight.data_ptr() == trunk["wte.weight"].__array_interface__["data"][0]
+    assert torch.equal(reward.encode(TOKENS), model.encode(TOKENS))
+    mask = torch.ones_like(TOKENS, dtype=torch.bool)
+    assert reward.reward_scores(TOKENS, mask).logits.shape == (3, 2)
+
+
+def test_new_heads_are_copied_in_and_the_trunk_stays():
+    trunk, heads = parts(a_model())
+    mounted = mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4)
+    addresses = [p.data_ptr() for p in mounted.parameters()]
+    new = {name: array + 1 for name, array in heads.items()}
+    load_heads(mounted, new)
+    assert [p.data_ptr() for p in mounted.parameters()] == addresses  # optimisers and wrappers keep their parameters
+    for name, value in mounted.heads.state_dict().items():
+        assert np.array_equal(value.numpy(), new[name])
+    new["lm.matrix"][:] = 0
+    assert mounted.heads["lm"].matrix.abs().max() > 0
+
+
+def test_wrong_names_and_shapes_are_refused():
+    trunk, heads = parts(a_model())
+    with pytest.raises(RuntimeError, match="wte.weight"):
+        mount(BLUEPRINT, "generator", {k: v for k, v in trunk.items() if k != "wte.weight"}, heads, lm_residual=4)
+    with pytest.raises(RuntimeError, match="residual"):
+        mount(BLUEPRINT, "generator", trunk, heads, lm_residual=0)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        mount(BLUEPRINT, "generator", trunk, heads | {"lm.matrix": np.zeros((3, 3), np.float32)}, lm_residual=4)
+
+
+def test_plain_arrays_are_fetched_as_they_are():
+    trunk, _ = parts(a_model())
+    assert fetch(trunk) is trunk
