@@ -36,7 +36,7 @@ import torch
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, to_arrays
-from grpo.checkpoint import load_model
+from grpo.checkpoint import load_checkpoint, load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
