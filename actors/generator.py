@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
+from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
-from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.trajectory import Rollout, roll_out
 
@@ -38,7 +38,7 @@ class Generator:
         lm_residual: int,
         threads: int,
         device: str = "cpu",
-        remasking_model: GPT | None = None,
+        remasking_model: str = "",
     ) -> None:
         torch.set_num_threads(threads)
         self.model = mount(blueprint, "generator", fetch(trunk), fetch(heads), lm_residual=lm_residual, device=device)
@@ -52,7 +52,7 @@ class Generator:
             "prompt_tokens": prompt_tokens,
             "group_size": group_size,
             "min_neighbors_ratio": min_neighbors_ratio,
-            "remasking_model": remasking_model,
+            "remasking_model": load_model(remasking_model, device=device).eval() if remasking_model else None,
         }
 
     def roll_out(

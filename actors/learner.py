@@ -271,7 +271,7 @@ class Learner:
             self.reward_optimizer.step()
         with torch.no_grad():
             for mean, now in zip(self.average.parameters(), self.reward_head.parameters(), strict=True):
-                mean.lerp_(now, 1 - settings.ema)
+                mean.lerp_(now, 1 - (settings.ema if self.version else 0.0))  # warm-up leaves no random weights in it
             for mean, now in zip(self.average.buffers(), self.reward_head.buffers(), strict=True):
                 mean.copy_(now)
         return self._means(sums) | {"reward_steps": steps}

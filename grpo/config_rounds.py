@@ -99,7 +99,7 @@ class GrpoSection:
     """Ray Train workers (DDP ranks)."""
     rollout_actors: int = 2
     """Generator actors, each with a reward actor beside it, shared out over the ranks."""
-    checkpoint_every: int = 10
+    checkpoint_every: int = 1
     """Rounds between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""

@@ -72,22 +72,15 @@ def corrupt_batch(
     rows = {"vocabulary": model.vocabulary, "attention_mask": attention_mask, "seeds": seeds, "times": times}
     if config.loss.objective == "mdlm":
         return mask_only(clean, **rows)
-    own = None
-    share = config.corruption.own_predictions
-    if share and stage.remask_ratio:
-        with torch.no_grad():
-            blank = mask_only(clean, **rows)
-            logits = model(blank.inputs, attention_mask=_visible(config, attention_mask))
-            filled = fill_masks(blank.inputs, logits, vocabulary=model.vocabulary, seeds=seeds)
-        own = torch.where(blank.masked, filled, model.vocabulary.mask_id)
-    return corrupt(
-        clean,
-        **rows,
-        remask_ratio=stage.remask_ratio,
-        own_predictions=own,
-        own_share=share,
-        guaranteed_correct=config.corruption.guaranteed_correct,
-    )
+    rates = {"remask_ratio": stage.remask_ratio, "guaranteed_correct": config.corruption.guaranteed_correct}
+    corrupted, share = corrupt(clean, **rows, **rates), config.corruption.own_predictions
+    if not share or not stage.remask_ratio:
+        return corrupted
+    with torch.no_grad():  # the model fills what is to be replaced, as it will when it samples
+        blank = corrupted.inputs.masked_fill(corrupted.replaced, model.vocabulary.mask_id)
+        logits = model(blank, attention_mask=_visible(config, attention_mask))
+        own = fill_masks(blank, logits, vocabulary=model.vocabulary, seeds=seeds)
+    return corrupt(clean, **rows, **rates, own_predictions=own, own_share=share)
 
 
 def counts(config: Config, stage: Stage, corrupted: Corrupted) -> Tensor:

@@ -30,7 +30,7 @@ from actors.pretrainer import validation_bound
 from grpo.autoregress import generate
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.config import Config, DenoiseSection
-from grpo.config_file import config_hash, from_dict, to_dict
+from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Batch, open_dataset, windows
 from grpo.denoise import denoise
 from grpo.model import GPT
@@ -38,6 +38,7 @@ from grpo.noise import row_seeds
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
+from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
 
 EVALUATION_STREAM = 31
@@ -216,11 +217,12 @@ def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     import ray
 
-    from pipelines.sample import find_checkpoint
+    from pipelines.sample import find_checkpoint, resolve_config
 
     checkpoint = find_checkpoint(args.checkpoint)
-    saved = from_dict(load_checkpoint(checkpoint).config)
-    config = replace(saved, denoise=config.denoise if args.overrides else saved.denoise, evaluation=config.evaluation)
+    config = resolve_config(load_checkpoint(checkpoint), config, args)
+    folder = Path(config.run.output).absolute() / (args.name or f"evaluate-{config_hash(str(checkpoint), config)}")
+    folder.mkdir(parents=True, exist_ok=True)
     with Display() as display:
         dataset = prepare(config.data, config.run.cache)
         start_ray()
@@ -231,15 +233,17 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             "generated": ray.remote(measure).remote(config, dataset, judge, checkpoint),
         }
         rows = {name: ray.get(task) for name, task in tasks.items()}
-    quality_table(f"{checkpoint}", rows)
+    save_config(config, folder / "config.yaml")
+    write_json(folder / "summary.json", {"checkpoint": str(checkpoint), **rows})
+    quality_table(str(checkpoint), rows)
+    print(f"summary  {folder / 'summary.json'}")
     return rows
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder")
+    parser.add_argument("--name", default="", help="folder below run.output for summary.json; default: named by a hash")
+
+
 if __name__ == "__main__":
-    launch(
-        main,
-        __doc__,
-        arguments=lambda parser: parser.add_argument(
-            "--checkpoint", required=True, help="checkpoint folder, or a run's folder"
-        ),
-    )
+    launch(main, __doc__, arguments=add_arguments)

@@ -46,12 +46,17 @@ from pipelines.evaluate import fit_judge, measure, measure_natural, quality_tabl
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
-from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, pretrain, write_json
+from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
 from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals
 from pipelines.ranks import beside_main_thread
 from pipelines.rounds import Job, newest_round, worker_loop
 from pipelines.sample import find_checkpoint
 from pipelines.tracking import Tracker, tracking_uri
+
+BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base")
+"""Fields of `grpo` that change no round (but for the order of summation)."""
+GPU_SHARE_OF_ACTORS = 0.6
+"""Of each rank's GPU, the share that Ray books for its generator and reward actors; the learner has the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
     with alone(folder), Display() as display:
         paths, config = _prepare(config, display)
+        check_same(folder, _what_decides(config, paths))
         save_config(config, folder / "config.yaml")
         meta = open_dataset(paths.dataset).meta
         with Tracker(
@@ -112,6 +118,15 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             tracker.artifact(folder / "summary.json")
     _show(config, folder, rows, summary)
     return summary
+
+
+def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
+    """What the rounds are a function of: a folder that holds other rounds is not gone on with."""
+    sections = to_dict(config)
+    names = ("model", "corruption", "loss", "mask_bias", "critic", "sampler", "denoise", "grpo", "reward")
+    kept = {name: {key: value for key, value in sections[name].items() if key not in BOOKKEEPING} for name in names}
+    base = config_hash((paths.base / "manifest.json").read_text(encoding="utf-8"))
+    return {"dataset": paths.dataset.name, "base": base, "run": {"seed": config.run.seed}, **kept}
 
 
 def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
@@ -165,13 +180,15 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     blueprint = Blueprint(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
     )
-    remasking = resolve_policy(config.denoise.remasking, base, None)
+    classifier = find_checkpoint(config.denoise.remasking_model) if config.denoise.remasking_model else None
+    remasking = resolve_policy(config.denoise.remasking, base, classifier and load_model(classifier))
     base.untie(grpo.residual)
     trunk, heads = publish(base.trunk.state_dict()), publish(base.heads.state_dict())
     torch.manual_seed(config.run.seed)
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()))
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
-    resources = {"num_cpus": 0, "num_gpus": 0.25 if device == "cuda" else 0, "max_restarts": 3, "max_task_retries": 3}
+    share = GPU_SHARE_OF_ACTORS * grpo.num_workers / (2 * grpo.rollout_actors) if device == "cuda" else 0
+    resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 3, "max_task_retries": 3}
     remote_generator, remote_reward = (ray.remote(**resources)(kind) for kind in (Generator, Reward))
     generators = [
         remote_generator.remote(
@@ -187,6 +204,7 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
             min_neighbors_ratio=config.sampler.min_neighbors_ratio,
             seed=config.run.seed,
             lm_residual=grpo.residual,
+            remasking_model=str(classifier) if remasking == "model" else "",
             **common,
         )
         for _ in range(grpo.rollout_actors)
@@ -222,15 +240,15 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     from ray.train.torch import TorchTrainer
 
     total = job.config.grpo.rounds + job.config.reward.warmup_rounds
-    scratch = job.folder / "ray-train"
+    scratch, on_gpu = job.folder / "ray-train", bool(ray.cluster_resources().get("GPU"))
     display.phase("adversarial rounds", newest_round(job.folder), total)
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.grpo.num_workers,
-            use_gpu=bool(ray.cluster_resources().get("GPU")),
-            resources_per_worker={"CPU": 1},
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1 - GPU_SHARE_OF_ACTORS} if on_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name=f"fit-{time.time_ns()}",
@@ -261,7 +279,8 @@ def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary
     )
     gain = rows["base_matched"]["judge_nll"] - rows["final"]["judge_nll"]
     print(
-        f"judge NLL of the final model against its base at the same token entropy: {gain:+.3f} nats per token better\n"
+        f"judge NLL of the final model against its base at the same token entropy: {abs(gain):.3f} nats per token "
+        f"{'better' if gain > 0 else 'worse'}\n"
         f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
         f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
         f"curves    mlflow ui --backend-store-uri {config.tracking.uri}\n"

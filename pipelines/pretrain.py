@@ -33,17 +33,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from grpo.checkpoint import (
-    verify_checkpoint,
-)
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
-from pipelines.pretrain_loop import Job, newest_step, worker_loop
+from pipelines.pretrain_loop import Job, make_trainer, newest_step, worker_loop
 from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals, summary_table
-from pipelines.ranks import beside_main_thread
+from pipelines.ranks import Ranks, beside_main_thread
 from pipelines.tracking import Tracker, tracking_uri
 
 MAX_FAILURES = 3
@@ -68,11 +65,13 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
     dataset = open_dataset(prepare(config.data, config.run.cache))
     for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
         windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said before anything starts
+    if config.pretrain.mode != "generator":
+        make_trainer(config, dataset, Ranks())  # and so is a teacher that does not fit
     decides = what_decides(config, dataset.folder)
     if folder is None:
         folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
     with alone(folder):
-        _check_same(folder, decides)
+        check_same(folder, decides)
         if not ((folder / "summary.json").exists() and (folder / "best").exists()):
             save_config(config, folder / "config.yaml")
             with contextlib.nullcontext(display) if display else Display() as shown:
@@ -92,7 +91,6 @@ def what_decides(config: Config, dataset: Path) -> dict[str, Any]:
         names += ["denoise"]
         values |= {"reward": {"pooling": config.reward.pooling}, "grpo": {"prompt_tokens": config.grpo.prompt_tokens}}
     if config.pretrain.mode != "generator":
-        verify_checkpoint(config.pretrain.teacher)
         settings["teacher"] = config_hash((Path(config.pretrain.teacher) / "manifest.json").read_text(encoding="utf-8"))
     return {**values, "pretrain": settings, **{name: sections[name] for name in names}}
 
@@ -150,7 +148,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: Path, decides: dict[str, Any]) -> None:
+def check_same(folder: Path, decides: dict[str, Any]) -> None:
     """A folder that holds weights belongs to one config: name the first key that differs."""
     path = folder / "decides.json"
     if not path.exists() or not (newest_step(folder) or (folder / "best").exists()):

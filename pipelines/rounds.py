@@ -243,7 +243,7 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
             metrics |= {
                 "distinct_4": distinct_n(completions, 4),
                 "staleness": 0.0,
-                "policy_version": learner.version,
+                "policy_version": rollouts[0].policy_version,
                 "tokens_per_s": completions.numel() * ranks.world / clock.total(),
                 **clock.seconds,
             }
