@@ -1,0 +1,185 @@
+"""Every way to start a pipeline, from every place, and what a user's mistake looks like."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo.checkpoint import save_checkpoint
+from grpo.config import DataSection, ModelSection
+from grpo.model import GPT
+from grpo.tokenizer import build_tokenizer
+from pipelines.prepare import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+PIPELINES = sorted(path.stem for path in (ROOT / "pipelines").glob("*.py") if "__main__" in path.read_text())
+NEEDED = {"sample": ["--checkpoint", "none"], "evaluate": ["--checkpoint", "none"]}
+TINY = ["data.block_size=16", "grpo.prompt_tokens=4", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
+        "pretrain.batch_size=8", "pretrain.eval_rows=8", "pretrain.eval_every=10000", "run.threads=1"]
+
+
+def start(command, folder, **environment):
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_starts_as_a_script_and_as_a_module_from_any_folder(name, tmp_path):
+    """`python pipelines/grpo.py` puts pipelines/ first on sys.path, where grpo.py would hide the package grpo."""
+    options = ["--print-config", "run.seed=7", *NEEDED.get(name, [])]
+    forms = [([str(ROOT / "pipelines" / f"{name}.py")], tmp_path), ([f"pipelines/{name}.py"], ROOT),
+             (["-m", f"pipelines.{name}"], ROOT)]
+    for arguments, folder in forms:
+        done = start([sys.executable, *arguments, *options], folder)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+        assert yaml.safe_load(done.stdout)["run"]["seed"] == 7
+        if name not in ("grpo", "pretrain"):
+            break  # one form shows that the file begins as it must
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """The project elsewhere, marked: its training loop keeps one checkpoint instead of two, wherever it runs."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "project"
+    for room in ("grpo", "actors", "pipelines", "configs"):
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    loop = folder / "pipelines" / "pretrain_loop.py"
+    marked, count = re.subn(r"^KEEP = 2$", "KEEP = 1", loop.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    loop.write_text(marked)
+    return folder
+
+
+def kept(folder):
+    return sorted(os.listdir(folder / "checkpoints"))
+
+
+@pytest.mark.ray
+def test_a_project_that_is_not_installed_runs_its_own_code_in_ray_workers(copied, tmp_path):
+    command = [sys.executable, str(copied / "pipelines" / "pretrain.py"), *TINY, "run.name=here", "run.cache=cache",
+               "pretrain.steps=6", "pretrain.checkpoint_every=2"]
+    done = start(command, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert kept(tmp_path / "runs" / "here") == ["step-00000006"]  # two would be the installed project's
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def job_server():
+    """A head node of our own on spare ports, ended by its session id: `ray stop` would end everybody's."""
+    home = tempfile.mkdtemp(prefix="ray-")  # short, for the paths of sockets
+    port, dashboard, client, agent, agent_grpc, metrics, environment = free_ports(7)
+    binaries = Path(sys.executable).parent
+    ray = str(binaries / "ray")
+    with open(f"{home}/log", "w") as log:
+        head = subprocess.Popen(
+            [ray, "start", "--head", "--block", f"--port={port}", "--dashboard-host=127.0.0.1",
+             f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={home}",
+             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+             f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={environment}", "--num-cpus=3",
+             "--object-store-memory=200000000", "--disable-usage-stats"],
+            stdout=log, stderr=log, start_new_session=True,
+            env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"})  # jobs say `python`
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        end = time.monotonic() + 120
+        while start([ray, "job", "list", "--address", address], home).returncode:
+            assert head.poll() is None and time.monotonic() < end, Path(home, "log").read_text()
+            time.sleep(1)
+        yield [ray, "job"], address
+    finally:
+        for pid in session_members(head.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        head.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def session_members(session):
+    listed = subprocess.run(["ps", "-axo", "pid="], capture_output=True, text=True, check=True).stdout
+    members = []
+    for pid in map(int, listed.split()):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(pid) == session:
+                members.append(pid)
+    return members
+
+
+@pytest.mark.ray
+def test_a_submitted_job_stops_with_a_checkpoint_and_the_next_one_goes_on(copied, job_server, tmp_path):
+    job, address = job_server
+    environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+    command = ["python", "pipelines/pretrain.py", *TINY, "run.name=job", f"run.output={tmp_path / 'runs'}",
+               f"run.cache={tmp_path / 'cache'}", "pretrain.checkpoint_every=50", "pretrain.steps=1500"]
+    submit = [*job, "submit", "--address", address, "--working-dir", ".", "--runtime-env-json", environment]
+    folder = tmp_path / "runs" / "job"
+
+    done = start([*submit, "--no-wait", "--submission-id", "first", "--", *command], copied)
+    assert done.returncode == 0, done.stderr
+    end = time.monotonic() + 180
+    while not list(folder.glob("checkpoints/step-*")):
+        assert time.monotonic() < end, start([*job, "logs", "--address", address, "first"], copied).stdout
+        time.sleep(0.1)
+    done = start([*job, "stop", "--address", address, "first"], copied)
+    assert "stopped" in done.stdout + done.stderr
+    step = int(kept(folder)[-1].removeprefix("step-"))
+    assert step % 50 and not (folder / "summary.json").exists()
+
+    done = start([*submit, "--", *command], copied)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kept(folder) == ["step-00001500"] and json.loads((folder / "summary.json").read_text())["steps"] == 1500
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_session, tmp_path_factory):
+    """A cache that holds the default data, so that a mistake beyond the data needs no Ray."""
+    cache = tmp_path_factory.mktemp("cache")
+    prepare(DataSection(), str(cache), quiet=True)
+    return cache
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("overrides, message", [
+    (["pretrain.stepz=3"], "command line: unknown key pretrain.stepz; did you mean pretrain.steps?"),
+    (["pretrain.steps=many"], "command line: pretrain.steps: Value 'many'"),
+    (["pretrain.steps"], "override 'pretrain.steps' must read section.key=value"),
+    (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+    (["model.n_embd=97"], "model.n_embd must be a positive multiple of model.n_head (4), got 97"),
+    (["model.attention=causal"], "model.sampler must be false when model.attention is causal"),
+    (["data.source=nowhere.txt"], "data.source: no file at nowhere.txt"),
+    (["data.tokenizer=cl100k_base"], "data.tokenizer=cl100k_base cannot be fetched: connect to the network once"),
+    (["pretrain.eval_rows=100000"], "the validation split holds"),
+    (["pretrain.mode=token_classifier"], "pretrain.teacher must be the path of a generator checkpoint"),
+    (["pretrain.mode=token_classifier", "pretrain.teacher=nowhere"], "nowhere is no checkpoint: it has no manifest"),
+    (["pretrain.mode=token_classifier", "pretrain.teacher=small"], "expected shape [96, 96], found [16, 16]"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(prepared, tmp_path, overrides, message):
+    if "pretrain.teacher=small" in overrides:
+        tokenizer = build_tokenizer("bytes")
+        model = GPT(ModelSection(n_layer=3, n_head=4, n_embd=16), tokenizer.vocabulary, block_size=64)
+        save_checkpoint(tmp_path / "small", model, config={}, tokenizer=tokenizer)
+    command = [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *overrides, f"run.cache={prepared}"]
+    done = start(command, tmp_path, HTTPS_PROXY="http://127.0.0.1:9", TIKTOKEN_CACHE_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
