@@ -98,6 +98,8 @@ class Learner:
         self.model = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
         self.reference = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
         self.reference.requires_grad_(False)
+        self.result = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
+        self.result.requires_grad_(False)
         torch.manual_seed(config.run.seed)
         self.reward_head = blueprint.build("reward").heads["reward"].to(device)
         self.average = copy.deepcopy(self.reward_head).requires_grad_(False)
@@ -216,6 +218,7 @@ class Learner:
             self._check_finite(norms, f"generator phase of round {round}")
             self.optimizer.step()
         self.version += 1
+        self._average_heads()
         metrics = self._means(sums)
         if grpo.entropy:
             self.entropy_target = self.entropy_target or grpo.entropy * metrics["entropy"]
@@ -293,6 +296,7 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, under plain names; trunk excluded."""
         state = {f"heads.{name}": value for name, value in self.model.heads.state_dict().items()}
+        state |= {f"result.{name}": value for name, value in self.result.heads.state_dict().items()}
         state |= {f"reward_head.{name}": value for name, value in self.reward_head.state_dict().items()}
         state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         state |= {f"optimizer.{name}": value for name, value in flat_state(self.optimizer).items()}
@@ -319,6 +323,7 @@ class Learner:
         """Continue from `tensors`, `texts` and `numbers`."""
         take = lambda prefix: {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}  # noqa: E731
         self.model.heads.load_state_dict(take("heads."))
+        self.result.heads.load_state_dict(take("result."))
         self.reward_head.load_state_dict(take("reward_head."))
         self.average.load_state_dict(take("average."))
         load_flat_state(self.optimizer, take("optimizer."))
@@ -453,6 +458,13 @@ class Learner:
         if "p_mask_unmask" in metrics:
             self.mask_bias.update(self.all_reduce(metrics["p_mask_unmask"].clone()))
         return loss, metrics
+
+    @torch.no_grad()
+    def _average_heads(self) -> None:
+        """Move the run's result towards the newest heads; an average of few rounds forgets faster."""
+        decay = min(self.config.grpo.ema, self.version / (self.version + 9))
+        for mean, now in zip(self.result.heads.parameters(), self.model.heads.parameters(), strict=True):
+            mean.lerp_(now, 1 - decay)
 
     def _calibrate(self, features: Tensor, mask: Tensor) -> None:
         """Standardise the reward head's features by the first round's natural text of all ranks."""

@@ -118,7 +118,7 @@ class Adversary:
                     round, train_generator=not first, reward_steps=self.config.reward.warmup_steps if first else None
                 ),
             )
-        return self.learner.model
+        return self.learner.result
 
 
 def generate(

@@ -71,6 +71,9 @@ class GrpoSection:
     """Upper clip range of the likelihood ratio (DAPO's clip-higher)."""
     kl: float = 0.03
     """Weight of the KL divergence to the base heads, exact over the vocabulary, nats per action."""
+    ema: float = 0.95
+    """Decay per round of the averaged heads, which are the run's result (two players orbit; their mean does not);
+    young averages decay faster. 0: the last heads."""
     num_iterations: int = 1
     """Passes over each round's rollouts."""
     normalize: bool = True
@@ -122,6 +125,7 @@ class GrpoSection:
             "at least 2 (advantages are relative to the group)",
             self.group_size,
         )
+        check(0 <= self.ema < 1, "grpo.ema", "at least 0 and below 1", self.ema)
         one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))

@@ -262,7 +262,7 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     if saved == done == total and ranks.rank == 0:
         save_checkpoint(
             job.folder / "final",
-            learner.model,
+            learner.result,
             config=to_dict(config),
             tokenizer=tokenizer,
             state={"mask_bias": learner.mask_bias.state_dict()},
