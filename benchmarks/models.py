@@ -20,26 +20,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products, which threads o
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from actors.classifier import Teacher, TokenClassifier
 from actors.judge import Judge, judge_config
-from benchmarks.adversarial import fit, train_base
+from benchmarks.adversarial import fit, generate, train_base
 from benchmarks.wavefront_speed import T_95
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
 from grpo.config import Config
 from grpo.config_file import config_hash, load_config, to_dict
+from grpo.corruption import mask_only
 from grpo.data import Batch, Dataset, make_dataset, open_dataset, windows
 from grpo.model import GPT
 from grpo.sources import read_documents, source_digests
 from grpo.text_quality import distinct_n, judge_nll, ngram_js, temperature_matching_entropy, token_entropy
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
-FULL = ["pretrain.steps=1500", "sampler.start=300", "critic.start=600", "critic.end=800", "evaluation.samples=512"]
-QUICK = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps=300", "pretrain.batch_size=32",
-         "corruption.proofreading_warmup=100", "loss.masking_warmup=100", "sampler.start=60", "critic.start=100",
-         "critic.end=120", "evaluation.samples=128", "evaluation.judge_steps=150", "evaluation.judge_layers=2",
-         "evaluation.judge_width=64"]
+FULL = ["critic.scope=masked_only", "pretrain.steps=1000", "sampler.start=300", "critic.start=400", "critic.end=500"]
+QUICK = ["critic.scope=masked_only", "model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps=300",
+         "pretrain.batch_size=32", "corruption.proofreading_warmup=100", "loss.masking_warmup=100", "sampler.start=60",
+         "critic.start=100", "critic.end=120", "evaluation.samples=128", "evaluation.judge_steps=150",
+         "evaluation.judge_layers=2", "evaluation.judge_width=64"]
 
 
 def parse(doc: str) -> argparse.Namespace:
@@ -63,7 +65,8 @@ def configure(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
 
 
 def dataset_of(config: Config) -> Dataset:
-    folder = _cache(config) / f"data-{config_hash(config.data, source_digests(config.data.source))}-local"
+    name = f"data-{config_hash(config.data, source_digests(config.data.source))}-local"
+    folder = Path(config.run.cache).expanduser().absolute() / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         return make_dataset(read_documents(config.data.source), config.data, folder)
@@ -78,7 +81,7 @@ def generator(config: Config, dataset: Dataset) -> Path:
         save_checkpoint(folder, model, config=to_dict(config), tokenizer=dataset.tokenizer,
                         state={"mask_bias": trainer.mask_bias.state_dict()})
 
-    return _trained("generator", config, dataset, train)
+    return _trained("generator", config, dataset, train, *_decides(config))
 
 
 def load_generator(folder: Path) -> tuple[GPT, float]:
@@ -93,47 +96,79 @@ def judge(config: Config, dataset: Dataset) -> GPT:
     def train(folder: Path) -> None:
         save_checkpoint(folder, Judge(config, dataset, threads=torch.get_num_threads()).train(), config={})
 
-    return load_model(_trained("judge", judge_config(config), dataset, train)).eval()
+    sections = judge_config(config)
+    return load_model(_trained("judge", config, dataset, train, sections.model, sections.pretrain)).eval()
+
+
+class FillCritic(TokenClassifier):
+    """A token classifier of the teacher's fills alone, unweighted: what a critic of scope `masked_only` learns."""
+
+    def example(self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor,
+                times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        filled, wrong = self.teacher.fill(tokens, attention_mask, seeds, times)
+        masked = mask_only(tokens, vocabulary=self.model.vocabulary, attention_mask=attention_mask, seeds=seeds,
+                           times=times).masked
+        return filled, wrong, masked
+
+    def counts(self, step: int, example: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return example[2].sum().double()[None]
+
+    def losses(self, step: int, example: tuple[Tensor, Tensor, Tensor],
+               totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        filled, wrong, masked = example
+        logits = self.model(filled, positions=masked).float()
+        return F.cross_entropy(logits, wrong[masked].long(), reduction="sum") / totals[0].float(), {}
 
 
 def own_trunk_critic(config: Config, dataset: Dataset, teacher: Path) -> GPT:
-    """A token classifier of the teacher's mistakes, whose trunk starts as the teacher's and trains."""
-    config = replace(config, pretrain=replace(config.pretrain, mode="token_classifier", teacher=str(teacher),
-                                              learning_rate=config.pretrain.learning_rate / 3))
+    """A critic whose trunk starts as the teacher's and trains for nothing else; it can serve as a remasking model."""
+    settings = replace(config.pretrain, mode="token_classifier", teacher=str(teacher),
+                       steps=config.pretrain.steps // 2, learning_rate=config.pretrain.learning_rate / 3)
 
     def train(folder: Path) -> None:
         torch.manual_seed(config.run.seed)
         model = GPT(config.model, dataset.vocabulary, mode="token_classifier", block_size=config.data.block_size)
-        fit(TokenClassifier(model, config, Teacher(str(teacher), dataset.tokenizer, "cpu")), dataset)
+        trainer = FillCritic(model, replace(config, pretrain=settings), Teacher(str(teacher), dataset.tokenizer, "cpu"))
+        fit(trainer, dataset)
         save_checkpoint(folder, model, config={})
 
-    return load_model(_trained("classifier", config, dataset, train)).eval()
+    decides = (teacher.name, replace(settings, teacher=teacher.name))
+    return load_model(_trained("fill-critic", config, dataset, train, *decides)).eval()
 
 
-def _cache(config: Config) -> Path:
-    return Path(config.run.cache).expanduser().absolute()
+def _decides(config: Config) -> tuple:
+    """What a generator's weights are a function of, beside data and seed."""
+    return (config.model, config.corruption, config.loss, config.mask_bias, config.critic, config.sampler,
+            config.pretrain)
 
 
-def _trained(kind: str, config: Config, dataset: Dataset, train: Callable[[Path], None]) -> Path:
-    decides = (config.model, config.corruption, config.loss, config.mask_bias, config.critic, config.sampler,
-               replace(config.pretrain, teacher=Path(config.pretrain.teacher).name))
-    folder = _cache(config) / f"{kind}-{config_hash(dataset.folder.name, config.run.seed, *decides)}"
+def _trained(kind: str, config: Config, dataset: Dataset, train: Callable[[Path], None], *decides: object) -> Path:
+    name = f"{kind}-{config_hash(dataset.folder.name, config.run.seed, *decides)}"
+    folder = Path(config.run.cache).expanduser().absolute() / name
     if not folder.exists():
         started = time.monotonic()
         train(folder)
-        print(f"trained {folder.name} in {time.monotonic() - started:.0f} s", flush=True)
+        print(f"trained {name} in {time.monotonic() - started:.0f} s", flush=True)
     return folder
 
 
 class Texts:
     """Held-out rows, and the measures of what is written in the place of their completions."""
 
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        self.start = config.grpo.prompt_tokens
-        held_out = windows(dataset, "validation", config.evaluation.samples, config.data.block_size, 1)
-        self.natural: Batch = held_out
-        self.reference = windows(dataset, "judge", config.evaluation.samples, config.data.block_size, 1).tokens
+    def __init__(self, config: Config, dataset: Dataset, num: int) -> None:
+        self.config, self.start = config, config.grpo.prompt_tokens
+        self.natural: Batch = windows(dataset, "validation", num, config.data.block_size, 1)
+        self.reference = windows(dataset, "judge", 2 * num, config.data.block_size, 1).tokens
         self.judge = judge(config, dataset)
+
+    def write(self, model: GPT, policy: str, steps: int, *, temperature: float = 1.0, sampler: bool = False,
+              randomness: float = 0.0, seed: int = 7, **settings: object) -> Tensor:
+        """[B, T] prompts and their completions by this re-masking policy."""
+        denoise = replace(self.config.denoise, remasking="auto" if policy == "model" else policy, sampler=sampler,
+                          randomness=randomness)
+        settings = {"prompt_tokens": self.start, "min_neighbors_ratio": self.config.sampler.min_neighbors_ratio,
+                    **settings}
+        return generate(model, self.natural, denoise, seed=seed, steps=steps, temperature=temperature, **settings)
 
     def measure(self, tokens: Tensor) -> dict[str, float]:
         """Figures of completions in [B, T]."""
@@ -148,9 +183,14 @@ class Texts:
             write: temperature -> [B, T].
         """
         start = self.start
-        match = temperature_matching_entropy(lambda heat: write(heat)[:, start:], entropy, tolerance=0.003, max_calls=5)
+        match = temperature_matching_entropy(lambda heat: write(heat)[:, start:], entropy, tolerance=0.005, max_calls=5)
         prompts = self.natural.tokens[:, :start]
         return self.measure(torch.cat([prompts, match.tokens], 1)) | {"temperature": match.temperature}
+
+    def matched_nll(self, write: Callable[[float], Tensor], entropy: float) -> float:
+        """Judge NLL at that entropy; NaN where no temperature up to 2 comes within 3 % of it."""
+        figures = self.at_entropy(write, entropy)
+        return figures["judge_nll"] if abs(figures["entropy"] / entropy - 1) < 0.03 else float("nan")
 
 
 def spread(values: list[float]) -> float | None:
