@@ -61,10 +61,21 @@ class Teacher:
         settings = config.denoise
         after = torch.arange(tokens.shape[1], device=tokens.device) >= config.grpo.prompt_tokens
         blank = tokens.masked_fill(after & attention_mask, self.model.vocabulary.mask_id)
-        return denoise(self.model, blank, seeds=seeds, steps=settings.steps, schedule=settings.schedule,
-                       temperature=settings.temperature, top_p=settings.top_p, remasking=settings.remasking,
-                       randomness=settings.randomness, attention_mask=attention_mask, sampler=settings.sampler,
-                       min_neighbors_ratio=config.sampler.min_neighbors_ratio, mask_bias=self.mask_bias)
+        return denoise(
+            self.model,
+            blank,
+            seeds=seeds,
+            steps=settings.steps,
+            schedule=settings.schedule,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            remasking=settings.remasking,
+            randomness=settings.randomness,
+            attention_mask=attention_mask,
+            sampler=settings.sampler,
+            min_neighbors_ratio=config.sampler.min_neighbors_ratio,
+            mask_bias=self.mask_bias,
+        )
 
 
 class Filled(NamedTuple):
@@ -89,8 +100,9 @@ class TokenClassifier(Pretrainer):
         super().__init__(model, config, **distribution)
         self.teacher = teacher
 
-    def example(self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor,
-                times: Tensor) -> Filled:
+    def example(
+        self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor, times: Tensor
+    ) -> Filled:
         filled, wrong = self.teacher.fill(tokens, attention_mask, seeds, times)
         return Filled(filled, attention_mask, wrong)
 
@@ -104,8 +116,11 @@ class TokenClassifier(Pretrainer):
         losses = F.cross_entropy(logits.flatten(0, 1), example.wrong.long().flatten(), reduction="none")
         losses, right = losses.view_as(example.tokens), example.attention_mask & ~example.wrong
         loss = 0.5 * ((losses * right).sum() / totals[0].float() + (losses * example.wrong).sum() / totals[1].float())
-        return loss, {"loss_right": weighted_sum(losses, right), "loss_wrong": weighted_sum(losses, example.wrong),
-                      "error_rate": weighted_sum(example.wrong, example.attention_mask)}
+        return loss, {
+            "loss_right": weighted_sum(losses, right),
+            "loss_wrong": weighted_sum(losses, example.wrong),
+            "error_rate": weighted_sum(example.wrong, example.attention_mask),
+        }
 
     @torch.no_grad()
     def validate(self, rows: Batch, bytes_per_token: float) -> dict[str, float]:
@@ -121,9 +136,11 @@ class TokenClassifier(Pretrainer):
             wrong.append(mistakes[mask])
         scores, truth = torch.cat(logits), torch.cat(wrong)
         losses = F.cross_entropy(scores, truth.long(), reduction="none")
-        return {"val_loss": float(0.5 * (losses[truth].mean() + losses[~truth].mean())),
-                "val_auroc": float(auroc(scores[:, 1] - scores[:, 0], truth)),
-                "val_error_rate": float(truth.double().mean())}
+        return {
+            "val_loss": float(0.5 * (losses[truth].mean() + losses[~truth].mean())),
+            "val_auroc": float(auroc(scores[:, 1] - scores[:, 0], truth)),
+            "val_error_rate": float(truth.double().mean()),
+        }
 
 
 class Texts(NamedTuple):
@@ -148,8 +165,9 @@ class SequenceScorer(Pretrainer):
         if config.denoise.sampler and "sampler" not in teacher.model.heads:
             raise ValueError(f"denoise.sampler is true, but pretrain.teacher={config.pretrain.teacher} has no sampler")
 
-    def example(self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor,
-                times: Tensor) -> Texts:
+    def example(
+        self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor, times: Tensor
+    ) -> Texts:
         return self._texts(tokens, attention_mask, rows, seeds)
 
     def _texts(self, tokens: Tensor, attention_mask: Tensor, rows: Tensor, seeds: Tensor) -> Texts:
@@ -166,8 +184,10 @@ class SequenceScorer(Pretrainer):
         logits = self._logits(example)
         losses = F.binary_cross_entropy_with_logits(logits, example.natural.float(), reduction="none")
         right, ones = (logits > 0) == example.natural, torch.ones_like(losses)
-        return losses.sum() / totals[0].float(), {"loss_scorer": weighted_sum(losses, ones),
-                                                  "accuracy": weighted_sum(right, ones)}
+        return losses.sum() / totals[0].float(), {
+            "loss_scorer": weighted_sum(losses, ones),
+            "accuracy": weighted_sum(right, ones),
+        }
 
     def _logits(self, texts: Texts) -> Tensor:
         hidden = self.model.encode(texts.tokens, texts.attention_mask)
@@ -185,6 +205,8 @@ class SequenceScorer(Pretrainer):
             logits.append(self._logits(texts))
             natural.append(texts.natural)
         scores, truth = torch.cat(logits), torch.cat(natural)
-        return {"val_loss": float(F.binary_cross_entropy_with_logits(scores, truth.float())),
-                "val_accuracy": float(((scores > 0) == truth).double().mean()),
-                "val_auroc": float(auroc(scores, truth))}
+        return {
+            "val_loss": float(F.binary_cross_entropy_with_logits(scores, truth.float())),
+            "val_accuracy": float(((scores > 0) == truth).double().mean()),
+            "val_auroc": float(auroc(scores, truth)),
+        }

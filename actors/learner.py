@@ -1,36 +1,30 @@
-"""The learner in a process: generator phase and reward phase of one adversarial round, over the frozen trunk.
+"""The learner in a process: the generator phase of an adversarial round, over the frozen trunk, and its opponent.
 
-1. Both phases train on states that never change: the generator on the rollout's cached hidden states, the reward head
-   on cached features. No trunk pass belongs to an update, except the anchor's on natural text.
+1. The generator trains on the rollout's cached hidden states. No trunk pass belongs to an update, except the anchor's
+   on natural text.
 2. Distribution is applied from outside: `wrap` makes a module data-parallel, `all_reduce(tensor, op)` reduces a tensor.
    Losses carry global denominators and are multiplied by the number of ranks, because DDP averages.
-3. Every sample has a global index k in 0..B-1; a rank owns a contiguous range of them. Natural rows share the index
-   space: row k = n x G is the true continuation of prompt n, the others are further windows. The reward phase draws
-   the same (round, k) pairs on every rank and each rank trains on those it owns, so the number of ranks changes
-   nothing but the order of summation.
-4. The reward head is judged before it is trained: its accuracy on a round's new texts is a held-out figure.
+3. The two players orbit each other, so the run's result is the average of the heads over rounds, not the last ones.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.phase import Phase, accumulating
+from actors.discriminator import Discriminator
+from actors.phase import Phase, accumulate, accumulating, check_finite, reduced_means, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, mount, to_arrays
 from grpo.config import Config
 from grpo.corruption import stratified_rows
 from grpo.data import Batch
 from grpo.mask_bias import MaskBias
-from grpo.metrics import means, merge_sums, pack_sums, unpack_sums, weighted_sum
+from grpo.metrics import weighted_sum
 from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
 from grpo.optim import Parts, clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
 from grpo.policy_loss import (
@@ -43,7 +37,7 @@ from grpo.policy_loss import (
     likelihood_ratios,
     temperature_direction,
 )
-from grpo.reward_loss import dense_rewards, discriminator_loss, entropy_coefficient, log_odds, reward_steps
+from grpo.reward_loss import dense_rewards, entropy_coefficient, log_odds
 from grpo.trajectory import (
     Rollout,
     action_tables,
@@ -56,24 +50,8 @@ from grpo.trajectory import (
 )
 
 ANCHOR_STREAM = 21
-PAIR_STREAM = 22
 BEYOND_RAMPS = 1 << 40
 """Step at which every curriculum of pretraining has reached its end."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """A round's generated and natural texts of this rank, index k by index k."""
-
-    round: int
-    tokens: Tensor
-    """[2, b, T] generated, natural."""
-    attention_mask: Tensor
-    """[2, b, T] bool."""
-    features: Tensor
-    """[2, b, T - P, F] frozen states of the part after the prompt."""
-    mask: Tensor
-    """[2, b, T - P] bool, tokens that are scored."""
 
 
 class Learner:
@@ -100,19 +78,13 @@ class Learner:
         self.reference.requires_grad_(False)
         self.result = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
         self.result.requires_grad_(False)
-        torch.manual_seed(config.run.seed)
-        self.reward_head = blueprint.build("reward").heads["reward"].to(device)
-        self.average = copy.deepcopy(self.reward_head).requires_grad_(False)
+        ranks = {"rank": rank, "world": world, "wrap": wrap, "all_reduce": all_reduce, "device": device}
+        self.discriminator = Discriminator(blueprint, config, self.model, **ranks)
         self.stage = stage(config, BEYOND_RAMPS)
         self.parts: Parts = trainable_parts(dict(self.model.heads.items()))
         self.generator_phase_module = wrap(Phase(dict(self.model.heads.items())))
-        self.reward_phase_module = wrap(Phase({"reward": self.reward_head}))
         self.optimizer = make_optimizer(self.parts, learning_rate=config.grpo.learning_rate)
-        self.reward_parts = trainable_parts({"reward": self.reward_head})
-        self.reward_optimizer = make_optimizer(self.reward_parts, learning_rate=config.reward.learning_rate)
         self.mask_bias = MaskBias(config.mask_bias, device)
-        self.buffer: deque[Texts] = deque(maxlen=config.reward.replay_rounds + 1)
-        self.num_reward_steps = config.reward.max_steps
         self.entropy_target: float | None = None
         self.entropy_integral = self.entropy_weight = 0.0
         self.version = 0
@@ -122,55 +94,11 @@ class Learner:
     def generator_heads(self) -> Arrays:
         return {name: array.copy() for name, array in to_arrays(self.model.heads.state_dict()).items()}
 
-    def scoring_heads(self) -> Arrays:
-        """The averaged reward head, under the names that a reward model's heads have."""
-        state = {f"reward.{name}": value for name, value in self.average.state_dict().items()}
-        return {name: array.copy() for name, array in to_arrays(state).items()}
-
     @property
     def bias(self) -> float:
         return float(self.mask_bias.bias)
 
     # ---- the round ------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def natural_features(self, natural: Batch) -> Tensor:
-        """[b, T - P, F] features of this rank's natural rows; computed while the actors roll out."""
-        mask = natural.attention_mask.to(self.device)
-        completion = mask.clone()
-        completion[:, : self.config.grpo.prompt_tokens] = False
-        features = self.model.reward_features(
-            natural.tokens.to(self.device), completion, None if bool(mask.all()) else mask
-        )
-        return features[:, self.config.grpo.prompt_tokens :]
-
-    def remember(
-        self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch, features: Tensor
-    ) -> dict[str, float]:
-        """Add a round's texts to the replay buffer and judge the reward head on them before it sees them in training.
-
-        Args:
-            rollouts, scores: of this rank's actors, in the order of the global index.
-            natural, features: this rank's natural rows [b, T] and their features.
-        """
-        prompt = self.config.grpo.prompt_tokens
-        natural_mask = natural.attention_mask[:, prompt:]
-        texts = Texts(
-            round=round,
-            tokens=torch.stack([torch.cat([r.tokens for r in rollouts]), natural.tokens]),
-            attention_mask=torch.stack([torch.cat([r.attention_mask for r in rollouts]), natural.attention_mask]),
-            features=torch.stack([torch.cat([s.features[:, prompt:] for s in scores]).to(self.device), features]),
-            mask=torch.stack([torch.cat([r.completion_mask[:, prompt:] for r in rollouts]), natural_mask]).to(
-                self.device
-            ),
-        )
-        if not self.buffer:
-            self._calibrate(features, texts.mask[1])
-        self.buffer.append(texts)
-        with torch.no_grad():
-            odds = [log_odds(self.reward_head(f, m).logits) for f, m in zip(texts.features, texts.mask, strict=True)]
-        correct = torch.cat([odds[0] < 0, odds[1] > 0])
-        return self._means({"reward_accuracy": weighted_sum(correct, torch.ones_like(correct))})
 
     def generator_phase(
         self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch, rows: Tensor
@@ -205,17 +133,17 @@ class Learner:
                     nonlocal ratio_max
                     loss, part, largest = self._policy_losses(rollout, credits[index], weights[index])
                     ratio_max = torch.maximum(ratio_max, largest)
-                    _accumulate(sums, part)
+                    accumulate(sums, part)
                     if last and grpo.anchor:
                         anchor, part = self._anchor_loss(round * grpo.num_iterations + iteration, natural, rows)
-                        _accumulate(sums, part)
+                        accumulate(sums, part)
                         loss = loss + grpo.anchor * anchor
                     return loss * self.world
 
                 with accumulating(self.generator_phase_module, not last):
                     self.generator_phase_module(losses).backward()
             norms = clip_parts(self.parts, grpo.grad_clip)
-            self._check_finite(norms, f"generator phase of round {round}")
+            check_finite(norms, f"generator phase of round {round}")
             self.optimizer.step()
         self.version += 1
         self._average_heads()
@@ -233,118 +161,32 @@ class Learner:
             **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()},
         }
 
-    def reward_phase(self, round: int, num_steps: int | None = None) -> dict[str, float]:
-        """Train the reward head on pairs of generated and natural texts, new ones and replayed ones.
-
-        Args:
-            num_steps: optimizer steps; None: what the accuracy-band controller says.
-        """
-        settings = self.config.reward
-        steps = self.num_reward_steps if num_steps is None else num_steps
-        per_rank = len(self.buffer[-1].tokens[0])
-        low = self.rank * per_rank
-        generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + round * 1009 + PAIR_STREAM)
-        sums: dict[str, Tensor] = {}
-        for _ in range(steps):
-            pairs = settings.batch_size // 2
-            slots = torch.randint(per_rank * self.world, (pairs,), generator=generator)
-            ages = torch.randint(max(1, len(self.buffer) - 1), (pairs,), generator=generator)
-            ages[: pairs // 2] = len(self.buffer) - 1  # half from this round, half from earlier ones
-            owned = (slots >= low) & (slots < low + per_rank)
-            features, mask = self._gather(ages[owned], slots[owned] - low)
-            natural = torch.arange(len(features), device=features.device) >= len(features) // 2
-
-            def losses(features: Tensor = features, mask: Tensor = mask, natural: Tensor = natural) -> Tensor:
-                output = self.reward_head(features, mask)
-                loss, part = discriminator_loss(
-                    output.logits,
-                    output.token_logits,
-                    natural,
-                    mask,
-                    loss=settings.loss,
-                    smoothing=settings.smoothing,
-                    total_texts=settings.batch_size,
-                )
-                _accumulate(sums, part)
-                return loss * self.world
-
-            self.reward_optimizer.zero_grad(set_to_none=True)
-            self.reward_phase_module(losses).backward()
-            self._check_finite(clip_parts(self.reward_parts, 1.0), f"reward phase of round {round}")
-            self.reward_optimizer.step()
-        with torch.no_grad():
-            for mean, now in zip(self.average.parameters(), self.reward_head.parameters(), strict=True):
-                mean.lerp_(now, 1 - (settings.ema if self.version else 0.0))  # warm-up leaves no random weights in it
-            for mean, now in zip(self.average.buffers(), self.reward_head.buffers(), strict=True):
-                mean.copy_(now)
-        return self._means(sums) | {"reward_steps": steps}
-
-    def steer_reward(self, accuracy: float) -> None:
-        """Choose the next round's reward steps by the held-out accuracy (DESIGN 10)."""
-        settings = self.config.reward
-        self.num_reward_steps = reward_steps(
-            self.num_reward_steps,
-            accuracy,
-            band_low=settings.band_low,
-            band_high=settings.band_high,
-            min_steps=settings.min_steps,
-            max_steps=settings.max_steps,
-        )
-
     # ---- state ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, under plain names; trunk excluded."""
         state = {f"heads.{name}": value for name, value in self.model.heads.state_dict().items()}
         state |= {f"result.{name}": value for name, value in self.result.heads.state_dict().items()}
-        state |= {f"reward_head.{name}": value for name, value in self.reward_head.state_dict().items()}
-        state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         state |= {f"optimizer.{name}": value for name, value in flat_state(self.optimizer).items()}
-        state |= {f"reward_optimizer.{name}": value for name, value in flat_state(self.reward_optimizer).items()}
-        return state
-
-    def texts(self) -> dict[str, Tensor]:
-        """This rank's replay buffer as tokens; its features are computed again on load."""
-        return {
-            f"{name}.{texts.round}": getattr(texts, name)
-            for texts in self.buffer
-            for name in ("tokens", "attention_mask")
-        }
+        return state | {f"discriminator.{name}": value for name, value in self.discriminator.tensors().items()}
 
     def numbers(self) -> dict[str, Any]:
         return {
             "version": self.version,
-            "num_reward_steps": self.num_reward_steps,
+            "num_reward_steps": self.discriminator.num_steps,
             "mask_bias": self.mask_bias.state_dict(),
             "entropy": [self.entropy_target, self.entropy_integral, self.entropy_weight],
         }
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Continue from `tensors`, `texts` and `numbers`."""
-        take = lambda prefix: {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}  # noqa: E731
-        self.model.heads.load_state_dict(take("heads."))
-        self.result.heads.load_state_dict(take("result."))
-        self.reward_head.load_state_dict(take("reward_head."))
-        self.average.load_state_dict(take("average."))
-        load_flat_state(self.optimizer, take("optimizer."))
-        load_flat_state(self.reward_optimizer, take("reward_optimizer."))
-        self.version, self.num_reward_steps = numbers["version"], numbers["num_reward_steps"]
+        self.model.heads.load_state_dict(with_prefix(tensors, "heads."))
+        self.result.heads.load_state_dict(with_prefix(tensors, "result."))
+        load_flat_state(self.optimizer, with_prefix(tensors, "optimizer."))
+        self.version = numbers["version"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
         self.entropy_target, self.entropy_integral, self.entropy_weight = numbers["entropy"]
-        prompt = self.config.grpo.prompt_tokens
-        self.buffer.clear()
-        for round in sorted(int(name.partition(".")[2]) for name in texts if name.startswith("tokens.")):
-            tokens, mask = texts[f"tokens.{round}"], texts[f"attention_mask.{round}"]
-            features = torch.stack([self.natural_features(Batch(t, m)) for t, m in zip(tokens, mask, strict=True)])
-            self.buffer.append(
-                Texts(
-                    round=round,
-                    tokens=tokens,
-                    attention_mask=mask,
-                    features=features,
-                    mask=mask[:, :, prompt:].to(self.device),
-                )
-            )
+        self.discriminator.load(with_prefix(tensors, "discriminator."), texts, numbers["num_reward_steps"])
 
     # ---- parts of the phases --------------------------------------------------------------------------------------
 
@@ -369,7 +211,7 @@ class Learner:
             natural = log_odds(logits).sigmoid()
             ones, each = torch.ones_like(natural), advantage.flatten(0, 1)
             groups = torch.tensor(float(len(grouped)), device=self.device)
-            _accumulate(
+            accumulate(
                 sums,
                 {
                     "reward": weighted_sum(per_text, ones),
@@ -466,43 +308,11 @@ class Learner:
         for mean, now in zip(self.result.heads.parameters(), self.model.heads.parameters(), strict=True):
             mean.lerp_(now, 1 - decay)
 
-    def _calibrate(self, features: Tensor, mask: Tensor) -> None:
-        """Standardise the reward head's features by the first round's natural text of all ranks."""
-        chosen = features[mask].double()
-        count = self._sum(len(chosen)).double()
-        mean = self.all_reduce(chosen.sum(0)) / count
-        variance = self.all_reduce((chosen - mean).square().sum(0)) / (count - 1)
-        for head in (self.reward_head, self.average):
-            head.calibrate(mean, variance.sqrt())
-
-    def _gather(self, ages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [2m, T - P, F] and masks of m pairs: generated first, natural second."""
-        features, masks = [], []
-        for side in (0, 1):
-            for age in range(len(self.buffer)):
-                chosen = slots[ages == age]
-                features.append(self.buffer[age].features[side][chosen])
-                masks.append(self.buffer[age].mask[side][chosen])
-        return torch.cat(features), torch.cat(masks)
-
     def _sum(self, count: int) -> Tensor:
         return self.all_reduce(torch.tensor(float(count), device=self.device))
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        values = means(unpack_sums(sums, self.all_reduce(pack_sums(sums))))
+        values = reduced_means(sums, self.all_reduce)
         for name in ("reward", "advantage"):
-            if f"{name}_square" in values:
-                values[f"{name}_std"] = max(0.0, values.pop(f"{name}_square") - values.get(name, 0.0) ** 2) ** 0.5
+            values[f"{name}_std"] = max(0.0, values.pop(f"{name}_square") - values.get(name, 0.0) ** 2) ** 0.5
         return values
-
-    @staticmethod
-    def _check_finite(norms: dict[str, Tensor], phase: str) -> None:
-        for name, norm in norms.items():
-            if not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"{phase}: the gradient of head {name} is not finite; the last checkpoint is kept"
-                )
-
-
-def _accumulate(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
-    sums.update(merge_sums(sums, part))

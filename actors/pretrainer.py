@@ -57,20 +57,30 @@ class Pretrainer:
     selects = "val_nelbo_nats"
     """The figure of `validate` that chooses the best checkpoint, smaller being better: the bound and nothing else."""
 
-    def __init__(self, model: GPT, config: Config, *, rank: int = 0, world: int = 1,
-                 wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
-                 all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: Config,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor,
+        device: str = "cpu",
+    ) -> None:
         self.model, self.config, self.device = model.to(device), config, device
         self.rank, self.world, self.all_reduce = rank, world, all_reduce
         own = MODES[model.mode]
         main = {"generator" if own == "lm" else own: [*model.trunk.parameters(), *model.heads[own].parameters()]}
         self.parts = trainable_parts(main | {name: head for name, head in model.heads.items() if name != own})
         self.module = wrap(Phase({"model": model}))
-        self.optimizer = make_optimizer(self.parts, learning_rate=config.pretrain.learning_rate,
-                                        weight_decay=config.pretrain.weight_decay)
+        self.optimizer = make_optimizer(
+            self.parts, learning_rate=config.pretrain.learning_rate, weight_decay=config.pretrain.weight_decay
+        )
         self.mask_bias = MaskBias(config.mask_bias, device)
-        self.autocast = torch.autocast(torch.device(device).type, torch.bfloat16,
-                                       enabled=config.pretrain.dtype == "bfloat16")
+        self.autocast = torch.autocast(
+            torch.device(device).type, torch.bfloat16, enabled=config.pretrain.dtype == "bfloat16"
+        )
 
     def rows(self) -> range:
         """This rank's rows of each batch."""
@@ -87,9 +97,17 @@ class Pretrainer:
         batch = batch.to(self.device)
         rows = torch.tensor(self.rows(), device=self.device)
         seeds, times = stratified_rows(self.config.run.seed, TRAIN_STREAM, step, rows, settings.batch_size)
-        examples = [self.example(step, batch.tokens[part], batch.attention_mask[part], rows=rows[part],
-                                 seeds=seeds[part], times=times[part])
-                    for part in torch.arange(len(rows), device=self.device).chunk(settings.micro_batches)]
+        examples = [
+            self.example(
+                step,
+                batch.tokens[part],
+                batch.attention_mask[part],
+                rows=rows[part],
+                seeds=seeds[part],
+                times=times[part],
+            )
+            for part in torch.arange(len(rows), device=self.device).chunk(settings.micro_batches)
+        ]
         totals = self.all_reduce(sum(self.counts(step, example) for example in examples))
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,24 +123,30 @@ class Pretrainer:
             with accumulating(self.module, index < len(examples) - 1):
                 self.module(compute).backward()
         norms = clip_parts(self.parts, settings.grad_clip)
-        set_learning_rate(self.optimizer, cosine_learning_rate(step, peak=settings.learning_rate,
-                                                               warmup=settings.warmup, steps=settings.steps))
+        set_learning_rate(
+            self.optimizer,
+            cosine_learning_rate(step, peak=settings.learning_rate, warmup=settings.warmup, steps=settings.steps),
+        )
         self.optimizer.step()
         if "p_mask_unmask" in sums:
             self.mask_bias.update(self.all_reduce(sums["p_mask_unmask"].clone()))
-        return sums | {f"grad_norm_{name}": torch.stack([norm.double(), torch.ones_like(norm).double()])
-                       for name, norm in norms.items()}
+        return sums | {
+            f"grad_norm_{name}": torch.stack([norm.double(), torch.ones_like(norm).double()])
+            for name, norm in norms.items()
+        }
 
-    def example(self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor,
-                times: Tensor) -> Any:
+    def example(
+        self, step: int, tokens: Tensor, attention_mask: Tensor, *, rows: Tensor, seeds: Tensor, times: Tensor
+    ) -> Any:
         """What the model is shown of one micro-batch, without gradients.
 
         Args:
             tokens, attention_mask: [B, T].
             rows: [B] global indices; seeds, times: [B], of `stratified_rows`.
         """
-        return corrupt_batch(self.model, self.config, stage(self.config, step), tokens, attention_mask, seeds=seeds,
-                             times=times), seeds
+        return corrupt_batch(
+            self.model, self.config, stage(self.config, step), tokens, attention_mask, seeds=seeds, times=times
+        ), seeds
 
     def counts(self, step: int, example: Any) -> Tensor:
         """[K] denominators of the losses in this micro-batch, summed later over the whole optimizer step."""
@@ -130,15 +154,25 @@ class Pretrainer:
 
     def losses(self, step: int, example: Any, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the total loss, and metrics as pairs."""
-        return multitask_loss(self.model, self.config, stage(self.config, step), example[0], seeds=example[1],
-                              totals=totals, mask_bias=self.mask_bias.bias)
+        return multitask_loss(
+            self.model,
+            self.config,
+            stage(self.config, step),
+            example[0],
+            seeds=example[1],
+            totals=totals,
+            mask_bias=self.mask_bias.bias,
+        )
 
     def read(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means over ranks of accumulated pairs, and the controller's state; here alone the host waits."""
         values = means(unpack_sums(sums, self.all_reduce(pack_sums(sums))))
         if "p_mask_unmask" in sums:
-            values |= {"mask_bias": float(self.mask_bias.bias), "mask_prob_ema": float(self.mask_bias.ema),
-                       "mask_prob_target": self.config.mask_bias.target}
+            values |= {
+                "mask_bias": float(self.mask_bias.bias),
+                "mask_prob_ema": float(self.mask_bias.ema),
+                "mask_prob_target": self.config.mask_bias.target,
+            }
         return values
 
     @torch.no_grad()
@@ -171,10 +205,20 @@ def validation_bound(model: GPT, rows: Batch, bytes_per_token: float) -> dict[st
     if model.trunk.causal:
         nats, error = causal_nll(model, rows)
     else:
-        nats, error = nelbo(model, rows.tokens, attention_mask=rows.attention_mask, vocabulary=model.vocabulary,
-                            seed=VALIDATION_SEED, num_draws=NELBO_DRAWS, batch_size=rows_at_once(model, rows))
-    return {"val_nelbo_nats": float(nats), "val_nelbo_se": float(error),
-            "val_bpb": bits_per_byte(float(nats), bytes_per_token)}
+        nats, error = nelbo(
+            model,
+            rows.tokens,
+            attention_mask=rows.attention_mask,
+            vocabulary=model.vocabulary,
+            seed=VALIDATION_SEED,
+            num_draws=NELBO_DRAWS,
+            batch_size=rows_at_once(model, rows),
+        )
+    return {
+        "val_nelbo_nats": float(nats),
+        "val_nelbo_se": float(error),
+        "val_bpb": bits_per_byte(float(nats), bytes_per_token),
+    }
 
 
 def causal_nll(model: GPT, rows: Batch) -> tuple[Tensor, Tensor]:
@@ -203,5 +247,7 @@ def critic_quality(model: GPT, rows: Batch) -> dict[str, float]:
         scores.append(model.critic_scores(filled, mask)[blank.masked])
         wrong.append((filled != rows.tokens[part])[blank.masked])
     logits, truth = torch.cat(scores), torch.cat(wrong)
-    return {"critic_auroc": float(auroc(logits, truth)),
-            "critic_ece": float(expected_calibration_error(logits.sigmoid(), truth))}
+    return {
+        "critic_auroc": float(auroc(logits, truth)),
+        "critic_ece": float(expected_calibration_error(logits.sigmoid(), truth)),
+    }

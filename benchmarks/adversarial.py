@@ -80,9 +80,11 @@ class Adversary:
             threads=threads,
             device=device,
         )
-        self.reward = Reward(blueprint, trunk, self.learner.scoring_heads(), threads=threads, device=device)
+        self.reward = Reward(
+            blueprint, trunk, self.learner.discriminator.scoring_heads(), threads=threads, device=device
+        )
         self.natural = Cursor(dataset, "train", grpo.prompts * grpo.group_size, config.data.block_size, config.run.seed)
-        self.heads, self.scoring = self.learner.generator_heads(), self.learner.scoring_heads()
+        self.heads, self.scoring = self.learner.generator_heads(), self.learner.discriminator.scoring_heads()
 
     def round(self, round: int, *, train_generator: bool = True, reward_steps: int | None = None) -> dict[str, float]:
         """Roll out, score, generator phase, reward phase."""
@@ -99,13 +101,15 @@ class Adversary:
             prompts.attention_mask,
         )
         scores = self.reward.score(self.scoring, round, rollout)
-        metrics = learner.remember(round, [rollout], [scores], natural, learner.natural_features(natural))
+        metrics = learner.discriminator.remember(
+            round, [rollout], [scores], natural, learner.discriminator.natural_features(natural)
+        )
         if train_generator:
             metrics |= learner.generator_phase(round, [rollout], [scores], prompts, torch.arange(grpo.prompts))
             self.heads = learner.generator_heads()
-            learner.steer_reward(metrics["reward_accuracy"])
-        metrics |= learner.reward_phase(round, reward_steps)
-        self.scoring = learner.scoring_heads()
+            learner.discriminator.steer(metrics["reward_accuracy"])
+        metrics |= learner.discriminator.train(round, reward_steps)
+        self.scoring = learner.discriminator.scoring_heads()
         return metrics
 
     def run(self, on_round: Callable[[int, dict[str, float]], None] = lambda round, metrics: None) -> GPT:

@@ -160,7 +160,7 @@ def publish(learner: Learner, ranks: Ranks, version: int) -> Published:
         new = Published(
             version=version,
             generator=ray.put(learner.generator_heads()),
-            reward=ray.put(learner.scoring_heads()),
+            reward=ray.put(learner.discriminator.scoring_heads()),
             mask_bias=learner.bias,
         )
         box = [ray.cloudpickle.dumps(new)]
@@ -197,7 +197,7 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     stop = False
 
     def save() -> None:
-        texts = _whole_texts(learner.texts(), ranks)
+        texts = _whole_texts(learner.discriminator.texts(), ranks)
         if ranks.rank == 0:
             state = {
                 "round": done,
@@ -220,19 +220,19 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
         round, clock = done, Clock()
         natural, prompts = source.natural(round)
         references = source.start(round, published, prompts)
-        features = learner.natural_features(natural)
+        features = learner.discriminator.natural_features(natural)
         rollouts = fetch(references[0], f"rollouts of round {round} from the generator actors", config.run.timeout_s)
         clock.lap("rollout")
         scores = fetch(references[1], f"scores of round {round} from the reward actors", config.run.timeout_s)
         clock.lap("score")
-        metrics = learner.remember(round, rollouts, scores, natural, features)
+        metrics = learner.discriminator.remember(round, rollouts, scores, natural, features)
         if round >= warmup:
             metrics |= learner.generator_phase(round, rollouts, scores, prompts, source.prompts)
             clock.lap("generator")
-            learner.steer_reward(metrics["reward_accuracy"])
-            metrics |= learner.reward_phase(round)
+            learner.discriminator.steer(metrics["reward_accuracy"])
+            metrics |= learner.discriminator.train(round)
         else:
-            metrics |= learner.reward_phase(round, config.reward.warmup_steps)
+            metrics |= learner.discriminator.train(round, config.reward.warmup_steps)
         clock.lap("reward")
         published = publish(learner, ranks, round + 1)
         clock.lap("publish")

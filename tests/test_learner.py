@@ -94,7 +94,7 @@ class World:
         self.actors = [
             (
                 Generator(blueprint, self.trunk, heads, **shared),
-                Reward(blueprint, self.trunk, self.learner.scoring_heads(), threads=1),
+                Reward(blueprint, self.trunk, self.learner.discriminator.scoring_heads(), threads=1),
             )
             for _ in range(2 // world)
         ]
@@ -109,7 +109,7 @@ class World:
         splits = zip(
             self.prompts.chunk(parts), prompts.tokens.chunk(parts), prompts.attention_mask.chunk(parts), strict=True
         )
-        heads, scoring = learner.generator_heads(), learner.scoring_heads()
+        heads, scoring = learner.generator_heads(), learner.discriminator.scoring_heads()
         rollouts = [
             g.roll_out(heads, round, learner.bias, round, *split)
             for (g, _), split in zip(self.actors, splits, strict=True)
@@ -119,10 +119,12 @@ class World:
 
     def round(self, round):
         rollouts, scores, share, prompts = self.roll(round)
-        metrics = self.learner.remember(round, rollouts, scores, share, self.learner.natural_features(share))
+        metrics = self.learner.discriminator.remember(
+            round, rollouts, scores, share, self.learner.discriminator.natural_features(share)
+        )
         metrics |= self.learner.generator_phase(round, rollouts, scores, prompts, self.prompts)
-        self.learner.steer_reward(metrics["reward_accuracy"])
-        return metrics | self.learner.reward_phase(round)
+        self.learner.discriminator.steer(metrics["reward_accuracy"])
+        return metrics | self.learner.discriminator.train(round)
 
     def state(self):
         return {name: tensor.clone() for name, tensor in self.learner.tensors().items()}
@@ -155,7 +157,9 @@ def run_rank(rank, folder, config):
         wrap=lambda module: DistributedDataParallel(module, find_unused_parameters=True),
     )
     metrics = [world.round(round) for round in range(3)]
-    torch.save((world.state(), metrics, world.learner.numbers(), world.learner.texts()), f"{folder}/{rank}")
+    torch.save(
+        (world.state(), metrics, world.learner.numbers(), world.learner.discriminator.texts()), f"{folder}/{rank}"
+    )
     dist.destroy_process_group()
 
 
@@ -172,7 +176,7 @@ def test_two_ranks_train_as_one(tmp_path, config):
         assert first == pytest.approx(mine, rel=1e-4, abs=1e-5)
     assert ranks[0][2]["mask_bias"] == pytest.approx(alone.learner.mask_bias.state_dict(), rel=1e-6)
     texts = {name: torch.cat([part[3][name] for part in ranks], 1) for name in ranks[0][3]}
-    assert_same(texts, alone.learner.texts())  # rank by rank is the order of the global index
+    assert_same(texts, alone.learner.discriminator.texts())  # rank by rank is the order of the global index
 
 
 def test_one_rollout_actor_or_two_make_no_difference():
@@ -193,12 +197,12 @@ def test_a_resumed_learner_continues_bit_for_bit(config):
         world.actors = world.actors[:1]
         for round in range(4):
             world.round(round)
-    saved = copy.deepcopy((stopped.state(), stopped.learner.texts(), stopped.learner.numbers()))
+    saved = copy.deepcopy((stopped.state(), stopped.learner.discriminator.texts(), stopped.learner.numbers()))
     fresh = World(config)
     fresh.actors = fresh.actors[:1]
     fresh.learner.load(*saved)
-    assert len(fresh.learner.buffer) == config.reward.replay_rounds + 1
-    for mine, other in zip(fresh.learner.buffer, steady.learner.buffer, strict=True):
+    assert len(fresh.learner.discriminator.buffer) == config.reward.replay_rounds + 1
+    for mine, other in zip(fresh.learner.discriminator.buffer, steady.learner.discriminator.buffer, strict=True):
         assert mine.round == other.round and torch.equal(mine.features, other.features)
         assert torch.equal(mine.mask, other.mask)
     for round in (4, 5):
@@ -225,9 +229,11 @@ def test_no_phase_moves_a_bit_of_any_trunk():
     reference_heads = {k: v.clone() for k, v in learner.reference.heads.state_dict().items()}
     rollouts, scores, share, prompts = world.roll(0)
     phases = [
-        lambda: learner.remember(0, rollouts, scores, share, learner.natural_features(share)),
+        lambda: learner.discriminator.remember(
+            0, rollouts, scores, share, learner.discriminator.natural_features(share)
+        ),
         lambda: learner.generator_phase(0, rollouts, scores, prompts, world.prompts),
-        lambda: learner.reward_phase(0),
+        lambda: learner.discriminator.train(0),
         lambda: world.round(1),
     ]
     for phase in phases:
@@ -248,13 +254,15 @@ def test_no_phase_moves_a_bit_of_any_trunk():
 def test_a_generator_step_does_not_move_the_reward_of_unchanged_text():
     world = World(CONFIG)
     rollouts, scores, share, prompts = world.roll(0)
-    world.learner.remember(0, rollouts, scores, share, world.learner.natural_features(share))
-    scoring = world.learner.scoring_heads()
+    world.learner.discriminator.remember(
+        0, rollouts, scores, share, world.learner.discriminator.natural_features(share)
+    )
+    scoring = world.learner.discriminator.scoring_heads()
     reward = world.actors[0][1]
     before = reward.score(scoring, 1, rollouts[0])
     for _ in range(2):
         world.learner.generator_phase(0, rollouts, scores, prompts, world.prompts)
-    after = reward.score(world.learner.scoring_heads(), 2, rollouts[0])
+    after = reward.score(world.learner.discriminator.scoring_heads(), 2, rollouts[0])
     for field in ("logits", "token_logits", "features"):
         assert torch.equal(getattr(before, field), getattr(after, field))
 
@@ -356,36 +364,40 @@ def test_the_reward_head_is_judged_on_texts_that_it_has_not_seen():
         noise = lambda x: torch.randn(x.shape, generator=generator)  # noqa: B023, E731
         scores = [replace(s, features=noise(s.features)) for s in scores]
         features = torch.cat([noise(s.features) for s in scores])[:, P:]
-        held_out.append(world.learner.remember(round, rollouts, scores, share, features)["reward_accuracy"])
-        seen.append(world.learner.reward_phase(round, 40)["reward_accuracy_train"])
+        held_out.append(
+            world.learner.discriminator.remember(round, rollouts, scores, share, features)["reward_accuracy"]
+        )
+        seen.append(world.learner.discriminator.train(round, 40)["reward_accuracy_train"])
     assert sum(held_out) / 12 < 0.58 and sum(seen) / 12 > 0.8
 
 
 def test_calibration_is_by_the_natural_text_of_all_ranks():
     world = World(CONFIG)
     rollouts, scores, share, _ = world.roll(0)
-    features = world.learner.natural_features(share)
-    world.learner.remember(0, rollouts, scores, share, features)
+    features = world.learner.discriminator.natural_features(share)
+    world.learner.discriminator.remember(0, rollouts, scores, share, features)
     chosen = features[share.attention_mask[:, P:]]
-    for head in (world.learner.reward_head, world.learner.average):
+    for head in (world.learner.discriminator.head, world.learner.discriminator.average):
         torch.testing.assert_close(head.shift, chosen.mean(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(head.scale, 1 / chosen.std(0).clamp(min=1e-4), rtol=1e-4, atol=1e-4)
-    before = world.learner.reward_head.shift.clone()
+    before = world.learner.discriminator.head.shift.clone()
     world.round(1)
-    assert torch.equal(world.learner.reward_head.shift, before)  # fixed by the first round
+    assert torch.equal(world.learner.discriminator.head.shift, before)  # fixed by the first round
 
 
 def test_the_scoring_head_is_the_moving_average_and_the_buffer_forgets():
     world = World(CONFIG)
     for round in range(5):
-        old = {k: v.clone() for k, v in world.learner.average.named_parameters()}
+        old = {k: v.clone() for k, v in world.learner.discriminator.average.named_parameters()}
         world.round(round)
-        now = dict(world.learner.reward_head.named_parameters())
-        for name, value in world.learner.average.named_parameters():
+        now = dict(world.learner.discriminator.head.named_parameters())
+        for name, value in world.learner.discriminator.average.named_parameters():
             torch.testing.assert_close(value, CONFIG.reward.ema * old[name] + (1 - CONFIG.reward.ema) * now[name])
-    assert [texts.round for texts in world.learner.buffer] == [2, 3, 4]
-    published = world.learner.scoring_heads()
-    assert np.array_equal(published["reward.token.0.weight"], world.learner.average.token[0].weight.numpy())
+    assert [texts.round for texts in world.learner.discriminator.buffer] == [2, 3, 4]
+    published = world.learner.discriminator.scoring_heads()
+    assert np.array_equal(
+        published["reward.token.0.weight"], world.learner.discriminator.average.token[0].weight.numpy()
+    )
 
 
 # ---- does it learn? --------------------------------------------------------------------------------------------------
