@@ -182,9 +182,9 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     )
     classifier = find_checkpoint(config.denoise.remasking_model) if config.denoise.remasking_model else None
     remasking = resolve_policy(config.denoise.remasking, base, classifier and load_model(classifier))
+    torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
     trunk, heads = publish(base.trunk.state_dict()), publish(base.heads.state_dict())
-    torch.manual_seed(config.run.seed)
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()))
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
     share = GPU_SHARE_OF_ACTORS * grpo.num_workers / (2 * grpo.rollout_actors) if device == "cuda" else 0
