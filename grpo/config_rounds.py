@@ -71,7 +71,7 @@ class GrpoSection:
     """Upper clip range of the likelihood ratio (DAPO's clip-higher)."""
     kl: float = 0.03
     """Weight of the KL divergence to the base heads, exact over the vocabulary, nats per action."""
-    ema: float = 0.95
+    ema: float = 0.9
     """Decay per round of the averaged heads, which are the run's result (two players orbit; their mean does not);
     young averages decay faster. 0: the last heads."""
     num_iterations: int = 1

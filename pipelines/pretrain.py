@@ -127,10 +127,15 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR")))
     news = follow(lambda: ray.get(board.drain.remote(), timeout=10), display)
-    with stop_on_signals(lambda: board.stop.remote()), news:
-        result = beside_main_thread(trainer.fit).return_value
-    ray.kill(board)
-    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        with stop_on_signals(lambda: board.stop.remote()), news:
+            result = beside_main_thread(trainer.fit).return_value
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(f"a pretraining worker died {MAX_FAILURES + 1} times; the same command goes on from step "
+                           f"{newest_step(job.folder)}") from error
+    finally:
+        ray.kill(board)
+        shutil.rmtree(scratch, ignore_errors=True)
     if "error" in result:
         raise ValueError(result["error"])
     if "stopped" in result:
@@ -144,7 +149,11 @@ def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; a second process waits, and then finds the finished model."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that works in {folder}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
