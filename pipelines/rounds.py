@@ -77,9 +77,8 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     ranks = worker_ranks(job.config.run.threads)
     if ranks.rank > 0:
         return train(job, ranks, None)
-    start = newest_round(job.folder)
     with Tracker(
-        job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=start + 1, writer="rank0"
+        job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=1, writer="rank0"
     ) as tracker:
         return train(job, ranks, tracker)
 
@@ -191,6 +190,9 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     tokenizer = open_dataset(job.dataset).tokenizer
     source = Rollouts(job, ranks)
     done, history = _resume(job.folder, learner, ranks)
+    if ranks.rank == 0:
+        for row in history:  # a killed process may have taken figures along; what the store has is not stored twice
+            tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
     warmup = config.reward.warmup_rounds
     published = publish(learner, ranks, done)
     saved = done
