@@ -37,8 +37,8 @@ from grpo.sources import read_documents, source_digests
 from grpo.text_quality import distinct_n, judge_nll, ngram_js, temperature_matching_entropy, token_entropy
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
-FULL = ["critic.scope=masked_only", "pretrain.steps=1000", "sampler.start=300", "critic.start=400", "critic.end=500"]
-QUICK = ["critic.scope=masked_only", "model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps=300",
+FULL = ["pretrain.steps=1000", "sampler.start=300", "critic.start=400", "critic.end=500"]
+QUICK = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps=300",
          "pretrain.batch_size=32", "corruption.proofreading_warmup=100", "loss.masking_warmup=100", "sampler.start=60",
          "critic.start=100", "critic.end=120", "evaluation.samples=128", "evaluation.judge_steps=150",
          "evaluation.judge_layers=2", "evaluation.judge_width=64"]

@@ -1,4 +1,4 @@
-"""Which tokens should go back to [MASK]? All policies side by side at an equal number of trunk forwards (NFE).
+"""Which tokens should go back to [MASK]? All policies side by side at an equal number of trunk forwards: 8.
 
 `random` and `confidence` cost one forward a step; `self`, `critic` and `model` read the filled text with a second one,
 never on the last step, so N forwards give them (N + 1) // 2 steps. (`model` is a stand-alone classifier with a trunk of
@@ -10,7 +10,7 @@ its own size.)
    becomes uniform; under a low one weights are the odds, whatever the bias. At randomness 0 it does nothing.
 
 Run: python benchmarks/remasking.py [--quick] [--seeds N] [--data FILE]. The last line is one JSON object:
-`best_policy` (by matched_nll at the larger NFE), `matched_nll_<policy>` and `self_bias_effect`, and `rows`.
+`best_policy` (by matched_nll), `matched_nll_<policy>` and `self_bias_effect`, and `rows`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from grpo.model import GPT
 from grpo.remasking import FRESH_ONLY, POLICIES
 from grpo.text_quality import token_entropy
 
+FORWARDS = 8
 Rows = dict[str, dict[str, float]]
 
 
@@ -48,25 +49,21 @@ def steps_within(policy: str, forwards: int) -> int:
     return forwards if policy in FRESH_ONLY else (forwards + 1) // 2
 
 
-def measure(
-    texts: Texts, model: GPT, policy: str, forwards: int, target: float, **settings: object
-) -> dict[str, float]:
+def measure(texts: Texts, model: GPT, policy: str, target: float, **settings: object) -> dict[str, float]:
     """Figures at temperature 1 and the judge NLL at the target entropy."""
-    steps = steps_within(policy, forwards)
+    steps = steps_within(policy, FORWARDS)
     plain = texts.measure(texts.write(model, policy, steps, **settings))
     matched = texts.matched_nll(lambda heat: texts.write(model, policy, steps, temperature=heat, **settings), target)
     return {"steps": steps, **plain, "matched_nll": matched}
 
 
-def policies(texts: Texts, model: GPT, classifier: GPT, bias: float, target: float, budgets: tuple[int, ...]) -> Rows:
+def policies(texts: Texts, model: GPT, classifier: GPT, bias: float, target: float) -> Rows:
     """Part 1."""
     table = {}
-    for forwards in budgets:
-        for policy in reversed(POLICIES):
-            settings = {"mask_bias": bias, "remasking_model": classifier if policy == "model" else None}
-            for randomness in (1.0,) if policy == "random" else (0.0, 0.5, 0.8):
-                table[f"NFE {forwards} {policy} r={randomness}"] = measure(
-                    texts, model, policy, forwards, target, randomness=randomness, **settings)
+    for policy in reversed(POLICIES):
+        settings = {"mask_bias": bias, "remasking_model": classifier if policy == "model" else None}
+        for randomness in (1.0,) if policy == "random" else (0.0, 0.5, 0.8):
+            table[f"{policy} r={randomness}"] = measure(texts, model, policy, target, randomness=randomness, **settings)
     return table
 
 
@@ -77,7 +74,6 @@ def finite(value: float) -> float | None:
 
 def main() -> None:
     args = parse(__doc__)
-    budgets = (8,) if args.quick else (8, 16)
     tables: list[Rows] = []
     biases: list[Rows] = []
     for seed in range(args.seeds):
@@ -89,16 +85,16 @@ def main() -> None:
         natural = texts.measure(texts.natural.tokens)
         target = token_entropy(texts.natural.tokens[:, texts.start :])
         table = {"natural text": {"steps": 0, **natural, "matched_nll": natural["judge_nll"]}}
-        table |= policies(texts, model, own_trunk_critic(config, dataset, folder), bias, target, budgets)
+        table |= policies(texts, model, own_trunk_critic(config, dataset, folder), bias, target)
         tables.append(table)
-        biases.append({f"bias {value:+.1f}": measure(texts, model, "self", budgets[0], target, mask_bias=value,
-                                                     randomness=0.5) for value in (-6.0, 0.0, 3.0, 6.0)}
-                      | {"controller's": table[f"NFE {budgets[0]} self r=0.5"]})
+        biases.append({f"bias {value:+.1f}": measure(texts, model, "self", target, mask_bias=value, randomness=0.5)
+                       for value in (-6.0, 0.0, 3.0, 6.0)}
+                      | {"controller's": table["self r=0.5"]})
     print_table("re-masking", {name: [rows[name] for rows in tables] for name in tables[0]})
     print_table("self by bias", {name: [rows[name] for rows in biases] for name in biases[0]})
 
     def best(rows: Rows, policy: str) -> float:
-        found = [row["matched_nll"] for name, row in rows.items() if name.startswith(f"NFE {budgets[-1]} {policy} ")]
+        found = [row["matched_nll"] for name, row in rows.items() if name.startswith(f"{policy} ")]
         return min(value for value in [*found, math.inf] if not math.isnan(value))
 
     runs = [{f"matched_nll_{policy}": best(rows, policy) for policy in POLICIES} | {
@@ -108,7 +104,7 @@ def main() -> None:
     figures = summarise(runs)
     print(json.dumps({
         "best_policy": min(POLICIES, key=lambda policy: figures[f"matched_nll_{policy}"]), **figures,
-        "forwards": budgets[-1], "seeds": args.seeds, "quick": args.quick,
+        "forwards": FORWARDS, "seeds": args.seeds, "quick": args.quick,
         "rows": {name: {key: finite(statistics.fmean(rows[name][key] for rows in tables)) for key in tables[0][name]}
                  for name in tables[0]}}))
 

@@ -229,8 +229,10 @@ class CriticSection:
     """Optimizer step at which the critic's loss joins (`start_critic`)."""
     end: int = 1000
     """Optimizer step at which its weight reaches alpha (`end_critic`)."""
-    scope: str = "all"
-    """Positions that the critic is trained on: `masked_only` or `all` non-pad ones."""
+    scope: str = "masked_only"
+    """Positions that the critic is trained on: `masked_only`, P(wrong) of a token that was sampled, or `all` non-pad
+    ones, where kept words and uniform replacements blur it (AUROC on own errors 0.82 against 0.86, ECE 0.60 and 0.05:
+    benchmarks/critic_quality.py)."""
 
     def __post_init__(self) -> None:
         check(self.alpha >= 0, "critic.alpha", "0 or more", self.alpha)
