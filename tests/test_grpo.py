@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from grpo.checkpoint import load_checkpoint, load_model
+from grpo.config import (
+    Config,
+    CriticSection,
+    DataSection,
+    EvaluationSection,
+    GrpoSection,
+    ModelSection,
+    PretrainSection,
+    RewardSection,
+    RunSection,
+    SamplerSection,
+)
+from grpo.config_file import save_config
+from pipelines.grpo import main
+from pipelines.rounds import newest_round
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ("natural", "base", "base_matched", "final")
+FIGURES = {"judge_nll", "entropy", "distinct_4", "c2st", "ngram_js"}
+ROUNDS, WARMUP = 10, 2
+TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, ray_session):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text(TEXT)
+    return Config(
+        run=RunSection(threads=1, output=str(folder), cache=str(folder / "cache"), name="steady", timeout_s=120),
+        data=DataSection(source=str(folder / "text.txt"), block_size=20),
+        model=ModelSection(n_layer=1, n_head=2, n_embd=16),
+        critic=CriticSection(start=4, end=6),
+        sampler=SamplerSection(start=2),
+        pretrain=PretrainSection(steps=8, batch_size=8, eval_rows=8),
+        grpo=GrpoSection(
+            rounds=ROUNDS,
+            prompts=4,
+            group_size=4,
+            prompt_tokens=4,
+            residual=8,
+            checkpoint_every=1,
+            rollout_actors=1,
+            learning_rate=3e-3,
+        ),
+        reward=RewardSection(
+            hidden=16, batch_size=16, warmup_rounds=WARMUP, warmup_steps=2, min_steps=1, max_steps=2, replay_rounds=2
+        ),
+        evaluation=EvaluationSection(samples=40, judge_steps=8, judge_layers=1, judge_width=16),
+    )
+
+
+@pytest.fixture(scope="module")
+def steady(config):
+    """An undisturbed run, and the store of all runs of this module."""
+    return main(config, None), Path(config.run.output)
+
+
+def heads(folder):
+    tensors = load_checkpoint(folder).tensors
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("heads.")}
+
+
+def logged(output, run_id, name):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    return [point.step for point in client.get_metric_history(run_id, name)]
+
+
+@pytest.mark.ray
+def test_a_run_goes_from_text_to_figures(config, steady):
+    summary, output = steady
+    folder = output / "steady"
+    written = json.loads((folder / "summary.json").read_text())
+    for found in (summary, written):
+        assert {"wall_s", "rounds", "nelbo_bpb", "mlflow_run_id", *ROWS} <= found.keys() and found["rounds"] == ROUNDS
+        for row in ROWS:
+            assert FIGURES <= found[row].keys() and all(found[row][name] is not None for name in FIGURES)
+    assert written["final"]["nelbo_bpb"] == written["nelbo_bpb"] > 0
+    assert written["base"]["temperature"] == 1.0 and written["natural"]["judge_nll"] < written["base"]["judge_nll"]
+    for name, count in (("reward_accuracy", ROUNDS + WARMUP), ("kl", ROUNDS)):
+        steps = logged(output, written["mlflow_run_id"], name)
+        assert steps == list(range(ROUNDS + WARMUP - count + 1, ROUNDS + WARMUP + 1))
+    final = load_model(folder / "final")
+    base = load_model(next((output / "cache").glob("base-*")) / "best")
+    for name, tensor in base.trunk.state_dict().items():
+        assert final.trunk.state_dict()[name].equal(tensor), name
+    assert not final.heads["lm"].weight.equal(base.heads["lm"].weight)
+    assert newest_round(folder) == ROUNDS + WARMUP
+
+
+@pytest.mark.ray
+def test_a_run_whose_driver_is_killed_ends_as_the_undisturbed_one(config, steady, tmp_path):
+    import ray
+
+    undisturbed, output = steady
+    killed = replace(config, run=replace(config.run, name="killed"))
+    folder = output / "killed"
+    save_config(killed, tmp_path / "config.yaml")
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "pipelines/grpo.py"), "--config", str(tmp_path / "config.yaml")],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 150
+    while newest_round(folder) < 4 and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(driver.pid, signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL, driver.stderr.read()
+    driver.stderr.close()
+    assert 4 <= newest_round(folder) < ROUNDS + WARMUP and not (folder / "summary.json").exists()
+
+    summary = main(killed, None)
+    assert summary["mlflow_run_id"] != undisturbed["mlflow_run_id"]
+    for name, first in (("reward_accuracy", 1), ("kl", WARMUP + 1)):
+        assert logged(output, summary["mlflow_run_id"], name) == list(range(first, ROUNDS + WARMUP + 1))
+    expected, found = heads(output / "steady" / "final"), heads(folder / "final")
+    assert expected.keys() == found.keys() and all(found[name].equal(expected[name]) for name in expected)
+    for row in ROWS:
+        assert {k: summary[row][k] for k in FIGURES} == {k: undisturbed[row][k] for k in FIGURES}
