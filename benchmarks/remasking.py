@@ -68,7 +68,7 @@ def policies(texts: Texts, model: GPT, classifier: GPT, bias: float, target: flo
 
 
 def finite(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """JSON knows neither NaN nor infinity."""
     return value if math.isfinite(value) else None
 
 
@@ -103,7 +103,8 @@ def main() -> None:
         - min(row["judge_nll"] for row in by_bias.values())} for rows, by_bias in zip(tables, biases, strict=True)]
     figures = summarise(runs)
     print(json.dumps({
-        "best_policy": min(POLICIES, key=lambda policy: figures[f"matched_nll_{policy}"]), **figures,
+        "best_policy": min(POLICIES, key=lambda policy: figures[f"matched_nll_{policy}"]),
+        **{name: value and finite(value) for name, value in figures.items()},
         "forwards": FORWARDS, "seeds": args.seeds, "quick": args.quick,
         "rows": {name: {key: finite(statistics.fmean(rows[name][key] for rows in tables)) for key in tables[0][name]}
                  for name in tables[0]}}))
