@@ -45,6 +45,8 @@ EVALUATION_STREAM = 31
 VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
 SAMPLES_SHOWN = 8
+ENTROPY_TOLERANCE = 0.003
+"""Relative; at the base's slope over temperatures, 0.02 nats of judge NLL."""
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
@@ -179,7 +181,9 @@ def measure(
     setting = Setting(config, dataset, judge, checkpoint)
     temperature = config.denoise.temperature
     if match_entropy is not None:
-        temperature, *_ = temperature_matching_entropy(lambda t: setting.texts(t)[:, setting.start :], match_entropy)
+        temperature, *_ = temperature_matching_entropy(
+            lambda t: setting.texts(t)[:, setting.start :], match_entropy, tolerance=ENTROPY_TOLERANCE
+        )
     texts = setting.texts(temperature)
     decode = setting.data.tokenizer.decode
     samples = [
