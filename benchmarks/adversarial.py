@@ -19,15 +19,12 @@ from actors.learner import Learner
 from actors.pretrainer import Pretrainer
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, to_arrays
+from grpo.completion import complete
 from grpo.config import Config, DenoiseSection
 from grpo.data import Batch, Cursor, Dataset
-from grpo.denoise import denoise
 from grpo.model import GPT
-from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.trajectory import credited_tokens, credits_positions
-
-EVALUATION_STREAM = 31
 
 
 def train_base(config: Config, dataset: Dataset, *, device: str = "cpu") -> tuple[GPT, Pretrainer]:
@@ -137,35 +134,16 @@ def generate(
     mask_bias: float = 0.0,
     min_neighbors_ratio: float = 0.01,
     remasking_model: GPT | None = None,
-    batch_size: int = 256,
 ) -> torch.Tensor:
     """Continue natural rows [B, T] from their first `prompt_tokens`; returns [B, T] on the CPU."""
     settings = replace(settings, temperature=temperature or settings.temperature, steps=steps or settings.steps)
-    device = next(model.parameters()).device
-    seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
-    out = []
-    for part in torch.arange(len(prompts.tokens)).split(batch_size):
-        mask = prompts.attention_mask[part].to(device)
-        completion = mask.clone()
-        completion[:, :prompt_tokens] = False
-        tokens = prompts.tokens[part].to(device).masked_fill(completion, model.vocabulary.mask_id)
-        out.append(
-            denoise(
-                model,
-                tokens,
-                seeds=seeds[part].to(device),
-                steps=settings.steps,
-                schedule=settings.schedule,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                remasking=settings.remasking,
-                randomness=settings.randomness,
-                protected=~completion,
-                attention_mask=None if bool(mask.all()) else mask,
-                sampler=settings.sampler,
-                min_neighbors_ratio=min_neighbors_ratio,
-                mask_bias=mask_bias,
-                remasking_model=remasking_model,
-            ).cpu()
-        )
-    return torch.cat(out)
+    return complete(
+        model,
+        prompts,
+        settings,
+        prompt_tokens=prompt_tokens,
+        seed=seed,
+        mask_bias=mask_bias,
+        min_neighbors_ratio=min_neighbors_ratio,
+        remasking_model=remasking_model,
+    )

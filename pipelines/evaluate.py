@@ -27,21 +27,17 @@ from torch import Tensor
 
 from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
-from grpo.autoregress import generate
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint, verify_checkpoint
-from grpo.config import Config, DenoiseSection
+from grpo.completion import complete
+from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
-from grpo.data import Batch, open_dataset, windows
-from grpo.denoise import denoise
-from grpo.model import GPT
-from grpo.noise import row_seeds
+from grpo.data import open_dataset, windows
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
 
-EVALUATION_STREAM = 31
 VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
 SAMPLES_SHOWN = 8
@@ -60,62 +56,6 @@ def fit_judge(config: Config, dataset: Path) -> Path:
         judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2))
         save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
     return folder
-
-
-@torch.no_grad()
-def complete(
-    model: GPT,
-    prompts: Batch,
-    settings: DenoiseSection,
-    *,
-    prompt_tokens: int,
-    seed: int,
-    mask_bias: float = 0.0,
-    min_neighbors_ratio: float = 0.01,
-    remasking_model: GPT | None = None,
-    batch_size: int = 256,
-) -> Tensor:
-    """Continue natural rows [B, T] from their first `prompt_tokens` tokens; returns [B, T] on the CPU."""
-    device = next(model.parameters()).device
-    seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
-    out = []
-    for part in torch.arange(len(prompts.tokens)).split(batch_size):
-        visible = prompts.attention_mask[part].to(device)
-        completion = visible.clone()
-        completion[:, :prompt_tokens] = False
-        tokens = prompts.tokens[part].to(device)
-        mask = None if bool(visible.all()) else visible
-        if model.trunk.causal:
-            new = generate(
-                model,
-                tokens[:, :prompt_tokens],
-                num_new=tokens.shape[1] - prompt_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seeds=seeds[part].to(device),
-            )
-            out.append(torch.where(completion, new, tokens).cpu())
-            continue
-        out.append(
-            denoise(
-                model,
-                tokens.masked_fill(completion, model.vocabulary.mask_id),
-                seeds=seeds[part].to(device),
-                steps=settings.steps,
-                schedule=settings.schedule,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                remasking=settings.remasking,
-                randomness=settings.randomness,
-                protected=~completion,
-                attention_mask=mask,
-                sampler=settings.sampler,
-                min_neighbors_ratio=min_neighbors_ratio,
-                mask_bias=mask_bias,
-                remasking_model=remasking_model,
-            ).cpu()
-        )
-    return torch.cat(out)
 
 
 class Setting:

@@ -30,6 +30,7 @@ ORDER = [
     "remasking",
     "denoise",
     "autoregress",
+    "completion",
     "multitask",
     "trajectory",
     "policy_loss",

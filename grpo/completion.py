@@ -1,0 +1,76 @@
+"""Continue prompts of natural text, whichever kind of generator, for evaluation.
+
+1. A row's noise belongs to its index, so the number of rows at once changes no text.
+2. A row keeps its natural length; pads stay pads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo.autoregress import generate
+from grpo.config import DenoiseSection
+from grpo.data import Batch
+from grpo.denoise import denoise
+from grpo.model import GPT
+from grpo.noise import row_seeds
+
+EVALUATION_STREAM = 31
+"""Noise stream of evaluations (see `grpo.noise.row_seeds`)."""
+
+
+@torch.no_grad()
+def complete(
+    model: GPT,
+    prompts: Batch,
+    settings: DenoiseSection,
+    *,
+    prompt_tokens: int,
+    seed: int,
+    mask_bias: float = 0.0,
+    min_neighbors_ratio: float = 0.01,
+    remasking_model: GPT | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Continue natural rows [B, T] from their first `prompt_tokens` tokens; returns [B, T] on the CPU."""
+    device = next(model.parameters()).device
+    seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
+    out = []
+    for part in torch.arange(len(prompts.tokens)).split(batch_size):
+        visible = prompts.attention_mask[part].to(device)
+        completion = visible.clone()
+        completion[:, :prompt_tokens] = False
+        tokens = prompts.tokens[part].to(device)
+        mask = None if bool(visible.all()) else visible
+        if model.trunk.causal:
+            new = generate(
+                model,
+                tokens[:, :prompt_tokens],
+                num_new=tokens.shape[1] - prompt_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seeds=seeds[part].to(device),
+            )
+            out.append(torch.where(completion, new, tokens).cpu())
+            continue
+        out.append(
+            denoise(
+                model,
+                tokens.masked_fill(completion, model.vocabulary.mask_id),
+                seeds=seeds[part].to(device),
+                steps=settings.steps,
+                schedule=settings.schedule,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                remasking=settings.remasking,
+                randomness=settings.randomness,
+                protected=~completion,
+                attention_mask=mask,
+                sampler=settings.sampler,
+                min_neighbors_ratio=min_neighbors_ratio,
+                mask_bias=mask_bias,
+                remasking_model=remasking_model,
+            ).cpu()
+        )
+    return torch.cat(out)
