@@ -72,7 +72,7 @@ def train(config: Config, dataset: Dataset, base: GPT, variant: str) -> GPT:
 
 def main() -> None:
     args = parse(__doc__)
-    rounds = ["grpo.rounds=12"] if args.quick else []
+    rounds = ["grpo.rounds=6", "reward.warmup_rounds=2"] if args.quick else []
     results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seeds):
         config = configure(args, seed, *rounds)
