@@ -43,6 +43,8 @@ KEEP = 2
 """Checkpoints kept."""
 REPORT_S = 0.3
 """Seconds between two messages to the board."""
+SETTLE_S = 10.0
+"""Seconds that a checkpoint waits, at most, for the tracking store to hold what came before it."""
 VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("loss_unmask", "loss_next", "loss_wrong", "loss_scorer", "loss_critic", "p_mask_unmask", "val_nelbo_nats",
          "val_loss", "tokens_per_s")
@@ -50,6 +52,8 @@ SHOWN = ("loss_unmask", "loss_next", "loss_wrong", "loss_scorer", "loss_critic",
 
 Report = Callable[[int, dict[str, float]], bool]
 """report(steps done, newest figures) -> whether to stop."""
+Log = Callable[[dict[str, float], int, bool], None]
+"""log(figures, step, settle): if `settle`, they are stored before it returns; a checkpoint of this step follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +77,17 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     ranks = worker_ranks(job.config.run.threads)
     try:
         if ranks.rank > 0:
-            return train(job, ranks, lambda done, figures: False, lambda figures, step: None)
+            return train(job, ranks, lambda done, figures: False, lambda figures, step, settle: None)
         start = newest_step(job.folder)
         with Tracker(job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
                      start_step=start + 1) as tracker:
-            return train(job, ranks, _reporter(job.board, job.config.pretrain.steps), tracker.log)
+
+            def log(figures: dict[str, float], step: int, settle: bool) -> None:
+                tracker.log(figures, step)
+                if settle:
+                    tracker.flush(SETTLE_S)
+
+            return train(job, ranks, _reporter(job.board, job.config.pretrain.steps), log)
     except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
         return {"error": str(error)}
 
@@ -113,7 +123,7 @@ def make_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> Pretrainer:
     return learner(model, config, teacher, **vars(ranks))
 
 
-def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float], int], None]) -> dict[str, Any]:
+def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
     """Train from the newest checkpoint to the last step, or until `report` says stop.
 
     Returns:
@@ -164,7 +174,7 @@ def train(job: Job, ranks: Ranks, report: Report, log: Callable[[dict[str, float
             if _better(candidate, state["best"], trainer.selects):
                 state["best"] = candidate
                 save(job.folder / "best")
-        log(figures, step)
+        log(figures, step, saves)
         sums, read_at = {}, step
         if saves:
             save_to_resume()

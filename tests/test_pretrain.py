@@ -60,7 +60,7 @@ def run(config, dataset, folder, stop_at=None, **ranks):
     logged = []
     job = Job(config=config, dataset=dataset, folder=folder, tracking=config.tracking, board=None, mlflow_run=None)
     result = train(job, Ranks(**ranks), lambda done, figures: done == stop_at,
-                   lambda figures, step: logged.append((step, figures)))
+                   lambda figures, step, settle: logged.append((step, figures)))
     return result, logged
 
 
