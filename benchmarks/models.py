@@ -44,14 +44,17 @@ QUICK = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps
          "evaluation.judge_layers=2", "evaluation.judge_width=64"]
 
 
-def parse(doc: str) -> argparse.Namespace:
+def parse(doc: str, arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
     """The command line that the quality benchmarks share; prints their first line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer texts")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds")
     parser.add_argument("--data", default="python-docs", help="text file; default: the prose that ships with CPython")
     parser.add_argument("--cache", default="~/.cache/grpo-diffusion", help="folder of trained models")
-    args = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the benchmark's config")
+    if arguments:
+        arguments(parser)
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     print(doc.splitlines()[0], flush=True)
     return args
@@ -61,7 +64,7 @@ def configure(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
     """The benchmark's config, for one seed."""
     sizes = QUICK if args.quick else FULL
     return load_config(TINY, [f"data.source={args.data}", f"run.cache={args.cache}", f"run.seed={seed}", *sizes,
-                              *overrides])
+                              *overrides, *args.overrides])
 
 
 def dataset_of(config: Config) -> Dataset:
