@@ -224,3 +224,32 @@ class Discriminator:
                 features.append(self.buffer[age].features[side][chosen])
                 masks.append(self.buffer[age].mask[side][chosen])
         return torch.cat(features), torch.cat(masks)
+
+
+class NoDiscriminator:
+    """In the place of a discriminator where `grpo.adversary` is 0: nothing is scored, kept or trained."""
+
+    num_steps = 0
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def scoring_heads(self) -> Arrays:
+        return {}
+
+    def natural_features(self, natural: Batch) -> None: ...
+
+    def remember(self, *_: object) -> dict[str, float]:
+        return {}
+
+    def train(self, round: int, num_steps: int | None = None) -> dict[str, float]:
+        return {}
+
+    def steer(self, accuracy: float | None) -> None: ...
+
+    def texts(self) -> dict[str, Tensor]:
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], num_steps: int) -> None: ...

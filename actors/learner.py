@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actors.discriminator import Discriminator
+from actors.credit import action_credits
+from actors.discriminator import Discriminator, NoDiscriminator
 from actors.phase import Phase, accumulate, accumulating, check_finite, reduced_means, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, mount, to_arrays
@@ -31,13 +31,10 @@ from grpo.policy_loss import (
     action_weights,
     clipped_policy_loss,
     entropy,
-    equal_groups,
     exact_kl,
-    group_advantages,
     likelihood_ratios,
-    temperature_direction,
 )
-from grpo.reward_loss import dense_rewards, entropy_coefficient, log_odds
+from grpo.reward_loss import entropy_coefficient
 from grpo.trajectory import (
     Rollout,
     action_tables,
@@ -45,7 +42,6 @@ from grpo.trajectory import (
     credited_tokens,
     credits_positions,
     most_actions,
-    policy_log_probs,
     taken,
 )
 
@@ -79,7 +75,8 @@ class Learner:
         self.result = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
         self.result.requires_grad_(False)
         ranks = {"rank": rank, "world": world, "wrap": wrap, "all_reduce": all_reduce, "device": device}
-        self.discriminator = Discriminator(blueprint, config, self.model, **ranks)
+        opponent = Discriminator if config.grpo.adversary else NoDiscriminator
+        self.discriminator = opponent(blueprint, config, self.model, **ranks)
         self.stage = stage(config, BEYOND_RAMPS)
         self.parts: Parts = trainable_parts(dict(self.model.heads.items()))
         self.generator_phase_module = wrap(Phase(dict(self.model.heads.items())))
@@ -114,9 +111,16 @@ class Learner:
         """
         grpo = self.config.grpo
         rollouts = [rollout.to(self.device) for rollout in rollouts]
-        advantages, sums = self._advantages(rollouts, scores)
         weights = self._weights(rollouts)
-        credits = self._credits(rollouts, advantages, weights)
+        credits, sums = action_credits(
+            self.model,
+            rollouts,
+            scores,
+            weights,
+            grpo=grpo,
+            signal=self.config.reward.signal,
+            all_reduce=self.all_reduce,
+        )
         ratio_max = torch.zeros((), device=self.device)
         norms: dict[str, Tensor] = {}
         for iteration in range(grpo.num_iterations):
@@ -190,40 +194,6 @@ class Learner:
 
     # ---- parts of the phases --------------------------------------------------------------------------------------
 
-    def _advantages(self, rollouts: list[Rollout], scores: list[Scores]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """[b, T] advantages of each rollout's tokens, and the figures that describe the rewards."""
-        grpo, advantages, sums = self.config.grpo, [], {}
-        for rollout, score in zip(rollouts, scores, strict=True):
-            size, mask = rollout.group_size, rollout.completion_mask
-            logits, token_logits = score.logits.to(self.device), score.token_logits.to(self.device)
-            rewards = dense_rewards(
-                logits,
-                token_logits,
-                mask,
-                credit=grpo.credit,
-                signal=self.config.reward.signal,
-                window=grpo.credit_window,
-            )
-            grouped, group_mask = rewards.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size))
-            advantage = group_advantages(grouped, mask=group_mask, normalize=grpo.normalize)
-            advantages.append(advantage.flatten(0, 1))
-            per_text = rewards.sum(-1) / mask.sum(-1).clamp(min=1)
-            natural = log_odds(logits).sigmoid()
-            ones, each = torch.ones_like(natural), advantage.flatten(0, 1)
-            groups = torch.tensor(float(len(grouped)), device=self.device)
-            accumulate(
-                sums,
-                {
-                    "reward": weighted_sum(per_text, ones),
-                    "reward_square": weighted_sum(per_text.square(), ones),
-                    "p_natural": weighted_sum(natural, ones),
-                    "completion_length": weighted_sum(mask.sum(-1), ones),
-                    "advantage_square": weighted_sum(each.square(), mask),
-                    "zero_spread_groups": torch.stack([equal_groups(grouped).double(), groups.double()]),
-                },
-            )
-        return advantages, sums
-
     def _weights(self, rollouts: list[Rollout]) -> list[Tensor]:
         """[M + D] weight of each action of each rollout, with denominators over all rollouts and ranks."""
         grpo, denoise = self.config.grpo, self.config.denoise
@@ -248,21 +218,6 @@ class Learner:
             )
             for each, rollout in zip(rows, rollouts, strict=True)
         ]
-
-    @torch.no_grad()
-    def _credits(self, rollouts: list[Rollout], advantages: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """[M + D] advantage of each action; without the part that the temperature explains, if so configured."""
-        credits = [a[credited(r, "rows"), credited(r, "positions")] for a, r in zip(advantages, rollouts, strict=True)]
-        if not self.config.grpo.neutral:
-            return credits
-        knobs = []
-        for rollout, credit in zip(rollouts, credits, strict=True):
-            knob = temperature_direction(rollout.logprobs, policy_log_probs(self.model, rollout))
-            knob = F.pad(knob, (0, len(credit) - len(knob)))  # re-mask draws know no temperature
-            knobs.append(knob * (credit != 0))  # groups of equal reward stay without credit
-        parts = list(zip(weights, credits, knobs, strict=True))
-        sums = self.all_reduce(sum(torch.stack([(w * c * k).sum(), (w * k.square()).sum()]) for w, c, k in parts))
-        return [credit - sums[0] / sums[1].clamp(min=1e-12) * knob for _, credit, knob in parts]
 
     def _policy_losses(
         self, rollout: Rollout, credit: Tensor, weights: Tensor
@@ -313,6 +268,6 @@ class Learner:
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         values = reduced_means(sums, self.all_reduce)
-        for name in ("reward", "advantage"):
+        for name in [name.removesuffix("_square") for name in values if name.endswith("_square")]:
             values[f"{name}_std"] = max(0.0, values.pop(f"{name}_square") - values.get(name, 0.0) ** 2) ** 0.5
         return values

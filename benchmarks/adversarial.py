@@ -78,7 +78,13 @@ class Adversary:
             device=device,
         )
         self.reward = Reward(
-            blueprint, trunk, self.learner.discriminator.scoring_heads(), threads=threads, device=device
+            blueprint,
+            trunk,
+            self.learner.discriminator.scoring_heads(),
+            threads=threads,
+            device=device,
+            functions=grpo.rewards,
+            tokenizer=dataset.tokenizer,
         )
         self.natural = Cursor(dataset, "train", grpo.prompts * grpo.group_size, config.data.block_size, config.run.seed)
         self.heads, self.scoring = self.learner.generator_heads(), self.learner.discriminator.scoring_heads()
@@ -104,13 +110,13 @@ class Adversary:
         if train_generator:
             metrics |= learner.generator_phase(round, [rollout], [scores], prompts, torch.arange(grpo.prompts))
             self.heads = learner.generator_heads()
-            learner.discriminator.steer(metrics["reward_accuracy"])
+            learner.discriminator.steer(metrics.get("reward_accuracy"))
         metrics |= learner.discriminator.train(round, reward_steps)
         self.scoring = learner.discriminator.scoring_heads()
         return metrics
 
     def run(self, on_round: Callable[[int, dict[str, float]], None] = lambda round, metrics: None) -> GPT:
-        warmup = self.config.reward.warmup_rounds
+        warmup = self.config.warmup_rounds
         for round in range(warmup + self.config.grpo.rounds):
             first = round < warmup
             on_round(

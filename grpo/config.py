@@ -82,3 +82,8 @@ class Config:
                 "another policy than critic unless model.critic is true",
                 self.denoise.remasking,
             )
+
+    @property
+    def warmup_rounds(self) -> int:
+        """Rounds before the first generator phase: none where there is no discriminator to warm up."""
+        return self.reward.warmup_rounds if self.grpo.adversary else 0

@@ -5,7 +5,8 @@ Fields and checks are written as in `grpo/config_model.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from grpo.config_model import check, one_of
 
@@ -98,6 +99,12 @@ class GrpoSection:
     """Width of the zero-initialised residual MLP in front of the generator's untied lm head; 0: none."""
     anchor: float = 1.0
     """Weight of the diffusion loss on natural text in the generator phase."""
+    adversary: float = 1.0
+    """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually goes
+    `entropy: 0`."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
+    weight of 0 logs one without learning from it."""
     num_workers: int = 1
     """Ray Train workers (DDP ranks)."""
     rollout_actors: int = 2
@@ -131,8 +138,18 @@ class GrpoSection:
         one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
         check(0 < self.epsilon_low < 1, "grpo.epsilon_low", "between 0 and 1", self.epsilon_low)
         check(self.epsilon_high > 0, "grpo.epsilon_high", "positive", self.epsilon_high)
-        for name in ("kl", "anchor", "entropy", "credit_window", "residual"):
+        for name in ("kl", "anchor", "entropy", "credit_window", "residual", "adversary"):
             check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
+        for name, weight in self.rewards.items():
+            module, _, function = name.partition(":")
+            check(module and function.isidentifier(), "grpo.rewards", "keyed by module:function", name)
+            check(math.isfinite(weight), f"grpo.rewards {name}", "weighted by a finite number", weight)
+        check(
+            self.adversary or any(self.rewards.values()),
+            "grpo.adversary",
+            "above 0 where grpo.rewards weights no function",
+            self.adversary,
+        )
         check(self.learning_rate > 0, "grpo.learning_rate", "positive", self.learning_rate)
         check(
             self.rollout_actors % self.num_workers == 0,

@@ -41,6 +41,7 @@ from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
 from grpo.remasking import resolve_policy
+from grpo.reward_functions import resolve_rewards
 from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
@@ -70,6 +71,7 @@ class Paths:
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
+    resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
     name = config.run.name or f"grpo-{config_hash(config)}"
     folder = Path(config.run.output).absolute() / name
     config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
@@ -185,7 +187,7 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
     trunk, heads = publish(base.trunk.state_dict()), publish(base.heads.state_dict())
-    scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()))
+    scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
     share = GPU_SHARE_OF_ACTORS * grpo.num_workers / (2 * grpo.rollout_actors) if device == "cuda" else 0
     resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 3, "max_task_retries": 3}
@@ -210,7 +212,15 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
         for _ in range(grpo.rollout_actors)
     ]
     rewards = [
-        remote_reward.remote(blueprint, seal(trunk), seal(scoring), **common) for _ in range(grpo.rollout_actors)
+        remote_reward.remote(
+            blueprint,
+            seal(trunk),
+            seal(scoring),
+            functions=tuple(grpo.rewards),
+            tokenizer=open_dataset(paths.dataset).tokenizer,
+            **common,
+        )
+        for _ in range(grpo.rollout_actors)
     ]
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
@@ -239,7 +249,7 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    total = job.config.grpo.rounds + job.config.reward.warmup_rounds
+    total = job.config.grpo.rounds + job.config.warmup_rounds
     scratch, on_gpu = job.folder / "ray-train", bool(ray.cluster_resources().get("GPU"))
     display.phase("adversarial rounds", newest_round(job.folder), total)
     trainer = TorchTrainer(

@@ -193,7 +193,7 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     if ranks.rank == 0:
         for row in history:  # a killed process may have taken figures along; what the store has is not stored twice
             tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
-    warmup = config.reward.warmup_rounds
+    warmup = config.warmup_rounds
     published = publish(learner, ranks, done)
     saved = done
     stop = False
@@ -231,7 +231,7 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
         if round >= warmup:
             metrics |= learner.generator_phase(round, rollouts, scores, prompts, source.prompts)
             clock.lap("generator")
-            learner.discriminator.steer(metrics["reward_accuracy"])
+            learner.discriminator.steer(metrics.get("reward_accuracy"))
             metrics |= learner.discriminator.train(round)
         else:
             metrics |= learner.discriminator.train(round, config.reward.warmup_steps)

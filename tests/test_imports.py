@@ -35,6 +35,8 @@ ORDER = [
     "trajectory",
     "policy_loss",
     "reward_loss",
+    "reward_functions",
+    "example_rewards",
     "optim",
     "text_quality",
 ]
