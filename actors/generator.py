@@ -41,7 +41,15 @@ class Generator:
         remasking_model: str = "",
     ) -> None:
         torch.set_num_threads(threads)
-        self.model = mount(blueprint, "generator", fetch(trunk), fetch(heads), lm_residual=lm_residual, device=device)
+        self.model = mount(
+            blueprint,
+            "generator",
+            fetch(trunk),
+            fetch(heads),
+            lm_residual=lm_residual,
+            device=device,
+            own_heads=False,
+        )
         self.version = -1
         self.seed, self.group_size, self.device = seed, group_size, device
         self.settings = {

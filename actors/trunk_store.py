@@ -89,9 +89,16 @@ def fetch(given: Arrays | bytes) -> Arrays:
 
 
 def mount(
-    blueprint: Blueprint, mode: str, trunk: Arrays, heads: Arrays, *, lm_residual: int = 0, device: str = "cpu"
+    blueprint: Blueprint,
+    mode: str,
+    trunk: Arrays,
+    heads: Arrays,
+    *,
+    lm_residual: int = 0,
+    device: str = "cpu",
+    own_heads: bool = True,
 ) -> GPT:
-    """A model whose trunk lies in the given (mapped) arrays and whose heads are copies of the given ones.
+    """A model whose trunk lies in the given (mapped) arrays.
 
     Args:
         blueprint: shapes.
@@ -99,15 +106,17 @@ def mount(
         trunk: `model.trunk.state_dict()` as arrays.
         heads: `model.heads.state_dict()` as arrays; a generator's lm head must be untied (own its matrix).
         device: where the model works; on another device than the CPU the trunk is copied there once.
+        own_heads: copy the heads and let them train; otherwise they lie in the given arrays too.
     """
     with torch.device("meta"):
         model = blueprint.build(mode, lm_residual=lm_residual)
         if mode == "generator":
             model.untie(lm_residual)
     model.trunk.load_state_dict(to_tensors(trunk), assign=True)
-    model.heads.load_state_dict({name: t.clone() for name, t in to_tensors(heads).items()}, assign=True)
+    own = {name: tensor.clone() if own_heads else tensor for name, tensor in to_tensors(heads).items()}
+    model.heads.load_state_dict(own, assign=True)
     model.freeze_trunk()
-    model.heads.requires_grad_(True)
+    model.heads.requires_grad_(own_heads)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on the meta device: {left}"
     return model.to(device).eval()

@@ -71,8 +71,9 @@ def test_a_reward_model_stands_on_the_generators_trunk():
 
 def test_new_heads_are_mapped_and_the_trunk_stays():
     trunk, heads = parts(a_model())
-    mounted = mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4)
+    mounted = mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4, own_heads=False)
     addresses = [p.data_ptr() for p in mounted.trunk.parameters()]
+    assert mounted.heads["lm"].matrix.data_ptr() == heads["lm.matrix"].__array_interface__["data"][0]
     new = {name: array + 1 for name, array in heads.items()}
     load_heads(mounted, new)
     assert [p.data_ptr() for p in mounted.trunk.parameters()] == addresses
