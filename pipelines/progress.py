@@ -46,6 +46,7 @@ class ProgressBoard:
         self._latest: dict[str, Message] = {}
         self._notes: list[Message] = []
         self._stop = False
+        self._failure = ""
 
     def report(self, phase: str, done: int, total: int, figures: dict[str, float] | None = None) -> bool:
         """Move a phase's bar; returns `stopping`, so that one call per step both tells and asks."""
@@ -68,6 +69,14 @@ class ProgressBoard:
 
     def stopping(self) -> bool:
         return self._stop
+
+    def fail(self, reason: str) -> None:
+        """Say what ended the loop and would end it again."""
+        self._failure = reason
+
+    def failure(self) -> str:
+        """What `fail` was told, else nothing."""
+        return self._failure
 
 
 class Display:
