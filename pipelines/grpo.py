@@ -164,7 +164,7 @@ def _train_and_measure(
         "base": ray.remote(measure).remote(*what, paths.base),
     }
     rows = {name: ray.get(task) for name, task in before.items()}
-    with _actors(config, paths) as job:
+    with start_actors(config, paths) as job:
         history = _fit(replace(job, folder=folder, mlflow_run=tracker.run_id), display)
     display.note("measuring the trained model, then the base at the same token entropy")
     rows["final"] = ray.get(ray.remote(measure).remote(*what, folder / "final"))
@@ -173,8 +173,12 @@ def _train_and_measure(
 
 
 @contextmanager
-def _actors(config: Config, paths: Paths) -> Iterator[Job]:
-    """Publish trunk and heads, start the actors, and end them with the body."""
+def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Job]:
+    """Publish trunk and heads, start the actors, and end them with the body.
+
+    Args:
+        trunk: reference of a trunk that is published already; None: publish the base model's.
+    """
     import ray
 
     grpo, device = config.grpo, "cuda" if ray.cluster_resources().get("GPU") else "cpu"
@@ -186,7 +190,8 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
     remasking = resolve_policy(config.denoise.remasking, base, classifier and load_model(classifier))
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
-    trunk, heads = publish(base.trunk.state_dict()), publish(base.heads.state_dict())
+    trunk = trunk or publish(base.trunk.state_dict())
+    heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
     share = GPU_SHARE_OF_ACTORS * grpo.num_workers / (2 * grpo.rollout_actors) if device == "cuda" else 0
@@ -222,7 +227,6 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
         )
         for _ in range(grpo.rollout_actors)
     ]
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     try:
         yield Job(
             config=config,
@@ -235,11 +239,11 @@ def _actors(config: Config, paths: Paths) -> Iterator[Job]:
             mask_bias=(load_checkpoint(paths.base).state or {}).get("mask_bias"),
             generators=generators,
             rewards=rewards,
-            board=board,
+            board=None,
             mlflow_run=None,
         )
     finally:
-        for actor in (*generators, *rewards, board):
+        for actor in (*generators, *rewards):
             ray.kill(actor)
 
 
@@ -250,11 +254,12 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     from ray.train.torch import TorchTrainer
 
     total = job.config.grpo.rounds + job.config.warmup_rounds
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     scratch, on_gpu = job.folder / "ray-train", bool(ray.cluster_resources().get("GPU"))
     display.phase("adversarial rounds", newest_round(job.folder), total)
     trainer = TorchTrainer(
         worker_loop,
-        train_loop_config={"job": job},
+        train_loop_config={"job": replace(job, board=board)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.grpo.num_workers,
             use_gpu=on_gpu,
@@ -267,13 +272,13 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    board = job.board
-    with (
-        stop_on_signals(lambda: board.stop.remote()),
-        follow(lambda: ray.get(board.drain.remote(), timeout=10), display),
-    ):
-        result = beside_main_thread(trainer.fit).return_value
-    shutil.rmtree(scratch, ignore_errors=True)
+    news = follow(lambda: ray.get(board.drain.remote(), timeout=10), display)
+    try:
+        with stop_on_signals(lambda: board.stop.remote()), news:
+            result = beside_main_thread(trainer.fit).return_value
+    finally:
+        ray.kill(board)
+        shutil.rmtree(scratch, ignore_errors=True)
     if "stopped" in result:
         display.note(f"stopped after round {result['stopped']}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ from pipelines.tracking import Tracker
 
 SHOWN = ("reward", "p_natural", "reward_accuracy", "kl", "entropy")
 """Figures of the live line."""
+
+Log = Callable[[dict[str, float], int], None]
+"""log(figures, round): what a run shows of a round; figures of rounds before a resume come again."""
+Report = Callable[[int, int, dict[str, float]], bool]
+"""report(rounds done, of how many, newest figures) -> whether to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,7 @@ class Job:
     rewards: list[Any]
     """Handles of the reward actors, one beside each generator."""
     board: Any
-    """Handle of the `ProgressBoard` actor."""
+    """Handle of the `ProgressBoard` actor; None where nobody looks."""
     mlflow_run: str | None
     """Run that rank 0 logs to."""
 
@@ -75,12 +81,17 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each rank; returns the last round's number, or {"stopped": round}."""
     job: Job = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
+
+    def report(done: int, total: int, figures: dict[str, float]) -> bool:
+        answer = job.board.report.remote("adversarial rounds", done, total, figures)
+        return fetch(answer, "the progress board", job.config.run.timeout_s)
+
     if ranks.rank > 0:
-        return train(job, ranks, None)
+        return train(job, ranks, lambda figures, step: None, report)
     with Tracker(
         job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=1, writer="rank0"
     ) as tracker:
-        return train(job, ranks, tracker)
+        return train(job, ranks, tracker.log, report)
 
 
 def newest_round(folder: Path) -> int:
@@ -169,8 +180,12 @@ def publish(learner: Learner, ranks: Ranks, version: int) -> Published:
     return ray.cloudpickle.loads(box[0])
 
 
-def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
-    """All rounds, from the newest checkpoint on."""
+def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
+    """All rounds, from the newest checkpoint on; rank 0 logs and reports.
+
+    Returns:
+        The history, and {"stopped": round} if `report` said stop.
+    """
     config, grpo = job.config, job.config.grpo
     trunk, heads = fetch([job.trunk[0], job.heads[0]], "the published trunk", config.run.timeout_s)
     learner = Learner(
@@ -192,7 +207,7 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
     done, history = _resume(job.folder, learner, ranks)
     if ranks.rank == 0:
         for row in history:  # a killed process may have taken figures along; what the store has is not stored twice
-            tracker.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+            log({name: value for name, value in row.items() if name != "step"}, row["step"])
     warmup = config.warmup_rounds
     published = publish(learner, ranks, done)
     saved = done
@@ -250,13 +265,9 @@ def train(job: Job, ranks: Ranks, tracker: Tracker | None) -> dict[str, Any]:
                 **clock.seconds,
             }
             history.append({"step": done, **metrics})
-            tracker.log(metrics, done)
+            log(metrics, done)
             shown = {name: metrics[name] for name in SHOWN if name in metrics}
-            stop = fetch(
-                job.board.report.remote("adversarial rounds", done, total, shown),
-                "the progress board",
-                config.run.timeout_s,
-            )
+            stop = report(done, total, shown)
         stop = bool(ranks.all_reduce(torch.tensor(float(stop), device=ranks.device), "max"))
         if done % grpo.checkpoint_every == 0 or done == total or stop:
             save()
