@@ -4,7 +4,8 @@
    copy visible words. The state from which the token would have been predicted says much more. So beside the visible
    states each completion token has a *prediction state*, from a pass in which it is masked.
 2. `masked_passes` K costs K trunk passes: pass k masks the completion positions t with t mod K = k, so that with K = 2
-   each token is predicted with both neighbours in sight. A causal trunk needs none: its state at t - 1 is that state.
+   each token is predicted with both neighbours in sight. A causal trunk needs none: its state at t - 1 is that state,
+   met on the visible pass.
 3. A token's features are [visible states of each layer, prediction state, token embedding, log-probability of the token
    there, entropy there], the last two under the trunk's own token embedding as lm matrix, in nats.
 4. Everything here belongs to the frozen trunk, so a text's features never change and the generator cannot move them.
@@ -47,12 +48,13 @@ def reward_features(
     Returns:
         [B, T, F]; prediction parts are zero outside the completion.
     """
-    visible = trunk(tokens, attention_mask, layers)
     if not masked_passes:
-        return visible
+        return trunk(tokens, attention_mask, layers)
     if trunk.causal:
-        predicted = F.pad(trunk(tokens, attention_mask)[:, :-1], (0, 0, 1, 0))
+        *visible, last = trunk(tokens, attention_mask, (*layers, -1)).split(trunk.wte.embedding_dim, -1)
+        predicted = F.pad(last[:, :-1], (0, 0, 1, 0))
     else:
+        visible = [trunk(tokens, attention_mask, layers)]
         predicted = None
         position = torch.arange(tokens.shape[1], device=tokens.device)
         for k in range(masked_passes):
@@ -67,4 +69,4 @@ def reward_features(
     entropy = -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
     scalars = torch.cat([own, entropy], -1) * completion_mask[..., None]
     embedding = trunk.wte(text) * completion_mask[..., None]
-    return torch.cat([visible, predicted, embedding, scalars.to(visible.dtype)], -1)
+    return torch.cat([*visible, predicted, embedding, scalars.to(predicted.dtype)], -1)
