@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from grpo.model import GPT
 from grpo.tokenizer import Vocabulary
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
 SECTION = ModelSection(n_layer=1, n_head=2, n_embd=16)
 BLUEPRINT = Blueprint(model=SECTION, vocabulary=Vocabulary(12), block_size=8, reward=RewardSection(hidden=8))
 
@@ -98,3 +103,19 @@ def test_wrong_names_and_shapes_are_refused():
 def test_plain_arrays_are_fetched_as_they_are():
     trunk, _ = parts(a_model())
     assert fetch(trunk) is trunk
+
+
+def test_mounting_loads_no_symbolic_algebra():
+    """torch's Python kernels for random numbers on the meta device import sympy: 67 MB in every actor."""
+    script = """
+import sys
+from tests.test_trunk_store import BLUEPRINT, a_model, mount, parts
+before = "sympy" in sys.modules
+trunk, heads = parts(a_model())
+mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4)
+mount(BLUEPRINT, "reward", trunk, {f"reward.{n}": t.numpy() for n, t in
+      BLUEPRINT.build("reward").heads["reward"].state_dict().items()})
+print(before, "sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stdout + done.stderr
