@@ -18,11 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from benchmarks.adversarial import Adversary, generate
 from benchmarks.models import configure, dataset_of, generator, judge, load_generator, parse, print_table, summarise
 from grpo.config import Config
-from grpo.data import Batch, Dataset, windows
+from grpo.data import Batch, Dataset, window_places, windows
 from grpo.model import GPT
 from grpo.text_quality import c2st, distinct_n, judge_nll, token_entropy
 
@@ -36,15 +37,17 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-def measure(config: Config, model: GPT, judge_model: GPT, rows: Batch, temperature: float = 1.0) -> dict[str, float]:
-    """Figures of completions of fixed rows."""
+def measure(
+    config: Config, model: GPT, judge_model: GPT, rows: Batch, places: Tensor, temperature: float = 1.0
+) -> dict[str, float]:
+    """Figures of completions of fixed rows, which stand at these places in the corpus."""
     start = config.grpo.prompt_tokens
     texts = generate(model, rows, config.denoise, prompt_tokens=start, seed=config.run.seed, temperature=temperature)
     return {
         "judge_nll": judge_nll(judge_model, texts, start),
         "entropy": token_entropy(texts[:, start:]),
         "distinct_4": distinct_n(texts[:, start:], 4),
-        "c2st": c2st(rows.tokens[:, start:], texts[:, start:])[0],
+        "c2st": c2st(rows.tokens[:, start:], texts[:, start:], places=places)[0],
     }
 
 
@@ -78,11 +81,12 @@ def main() -> None:
         config = configure(args, seed, *rounds)
         dataset = dataset_of(config)
         base, judge_model = load_generator(generator(config, dataset))[0], judge(config, dataset)
-        rows = windows(dataset, "validation", config.evaluation.samples, config.data.block_size, 1)
-        curve = [measure(config, base, judge_model, rows, t) for t in TEMPERATURES]
+        which = ("validation", config.evaluation.samples, config.data.block_size, 1)
+        rows = windows(dataset, *which), window_places(dataset, *which)
+        curve = [measure(config, base, judge_model, *rows, t) for t in TEMPERATURES]
         for variant, overrides in VARIANTS.items():
             settings = configure(args, seed, *rounds, *overrides)
-            figures = measure(settings, train(settings, dataset, base, variant), judge_model, rows)
+            figures = measure(settings, train(settings, dataset, base, variant), judge_model, *rows)
             gain = at_entropy(curve, figures["entropy"]) - figures["judge_nll"]
             results[variant].append({"gain": gain, **figures})
             print(f"seed {seed}  {variant}: gain {gain:+.3f} nats per token", flush=True)

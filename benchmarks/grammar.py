@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -35,6 +34,7 @@ from benchmarks.models import configure, dataset_of, generator, load_generator, 
 from grpo.config import Config
 from grpo.data import Batch, Dataset, windows
 from grpo.model import GPT
+from grpo.text_quality import ngram_js
 
 BLOCK = 24
 END = "."
@@ -96,16 +96,13 @@ def sentence_of(text: str) -> str:
 def figures(grammar: str, texts: list[str], natural: list[str]) -> dict[str, float]:
     """Share of valid and of distinct sentences, and the distance of their lengths from natural ones."""
     sentences = [sentence_of(text) for text in texts]
-    lengths = [Counter(map(len, each)) for each in (sentences, [sentence_of(text) for text in natural])]
-    p, q = (torch.tensor([count[n] for n in range(BLOCK + 1)], dtype=torch.float64) for count in lengths)
-    p, q = p / p.sum(), q / q.sum()
-    middle = (p + q) / 2
-    bits = (torch.xlogy(p, p / middle) + torch.xlogy(q, q / middle)).sum() / 2 / torch.tensor(2.0).log()
+    lengths, others = (torch.tensor([[len(each)] for each in some])
+                       for some in (sentences, [sentence_of(text) for text in natural]))
     return {
         "valid": sum(map(GRAMMARS[grammar][1], sentences)) / len(sentences),
         "distinct": len(set(sentences)) / len(sentences),
-        "mean_length": sum(map(len, sentences)) / len(sentences),
-        "length_js": float(bits.clamp(min=0).sqrt()),
+        "mean_length": lengths.double().mean().item(),
+        "length_js": ngram_js(lengths, others, 1),
     }
 
 

@@ -235,6 +235,19 @@ def windows(dataset: Dataset, split: str, num: int, block_size: int, seed: int) 
     Raises:
         ValueError: the split holds fewer.
     """
+    row, start, _ = _chosen(dataset, split, num, block_size, seed)
+    return _gather(dataset, split, row, start, block_size)
+
+
+def window_places(dataset: Dataset, split: str, num: int, block_size: int, seed: int) -> Tensor:
+    """[B] int64: where in the split each of these `windows` stands, counted in windows (documents)."""
+    return torch.from_numpy(_chosen(dataset, split, num, block_size, seed)[2])
+
+
+def _chosen(
+    dataset: Dataset, split: str, num: int, block_size: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, start within it, and place in the split, of each of `windows`."""
     length = dataset.splits[split].length
     count = np.ones_like(length) if _is_documents(dataset) else length // block_size
     if count.sum() < num:
@@ -242,7 +255,7 @@ def windows(dataset: Dataset, split: str, num: int, block_size: int, seed: int) 
     row, start = _tile(count, np.zeros_like(length), block_size)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64])))
     chosen = rng.permutation(row.size)[:num]
-    return _gather(dataset, split, row[chosen], start[chosen], block_size)
+    return row[chosen], start[chosen], chosen
 
 
 def _tile(count: np.ndarray, phase: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,10 @@ of one shape under one mask, so nothing can tell them apart by length, alignment
 1. N-grams are compared by exact integer ids, built order by order with `torch.unique`, never by a lossy hash.
 2. `self_bleu` (Zhu et al., Texygen, arXiv:1802.01886) has no brevity penalty, because lengths are given to the
    samples, not chosen by them, and counts an order without any match as half a match rather than NLTK's 0.1.
-3. `c2st` (Lopez-Paz and Oquab, arXiv:1610.06545) is cross-fitted: each half of the pairs is judged by a classifier
-   trained on the other half, which uses every sample for the estimate and so halves its variance.
+3. `c2st` (Lopez-Paz and Oquab, arXiv:1610.06545) is cross-fitted: each half of the texts is judged by a classifier
+   trained on the other half, which uses every sample for the estimate and so halves its variance. Windows of one
+   document share its words, which would tell natural text from other natural text; so the halves are those of the
+   corpus.
 """
 
 from __future__ import annotations
@@ -183,16 +185,18 @@ def _logistic_scores(train: Tensor, test: Tensor, labels: Tensor) -> Tensor:
     return test @ weights + bias
 
 
-def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0,
-         mask: Tensor | None = None) -> tuple[float, tuple[float, float]]:
+def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0, mask: Tensor | None = None,
+         places: Tensor | None = None) -> tuple[float, tuple[float, float]]:
     """Accuracy of a fresh classifier at telling generated from natural text; 0.5 is indistinguishable.
 
-    The classifier is logistic regression on n-gram counts, wherever in the text they stand. Pairs are split in halves;
+    The classifier is logistic regression on n-gram counts, wherever in the text they stand. Texts are split in halves;
     each half is judged by the classifier fitted to the other.
 
     Args:
         natural, generated: [B, T] int64 completions of one shape, B >= 4. mask: [B, T] bool, shared, or None.
-        seed: of the split.
+        seed: of the split, where there are no places.
+        places: [B] int64, where in the corpus each pair stands, or [2, B] where natural and generated texts have their
+            own; the halves are then those of the corpus, so that the two sides share next to no document.
 
     Returns:
         accuracy over all 2B texts, and its 95 % interval (Wilson, of the sampling of test texts).
@@ -205,13 +209,15 @@ def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0,
     both_mask = None if mask is None else torch.cat([mask, mask])
     kernel = sum(weight * _ngram_kernel(both, n, both_mask) for n, weight in _ORDER_WEIGHTS.items()
                  if n <= both.shape[1])
-    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed)).to(both.device)
-    halves = order[: B // 2], order[B // 2:]
+    if places is None:
+        places = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
+    second = (places.expand(2, -1).argsort().argsort() >= B // 2).flatten().to(both.device)
+    is_natural = torch.arange(2 * B, device=both.device) < B
     correct = 0
-    for train, test in (halves, halves[::-1]):
-        train, test = torch.cat([train, train + B]), torch.cat([test, test + B])
-        scores = _logistic_scores(kernel[train][:, train], kernel[test][:, train], (train < B).double())
-        correct += ((scores > 0) == (test < B)).sum().item()
+    for judged in (second, ~second):
+        train, test = (~judged).nonzero()[:, 0], judged.nonzero()[:, 0]
+        scores = _logistic_scores(kernel[train][:, train], kernel[test][:, train], is_natural[train].double())
+        correct += ((scores > 0) == is_natural[test]).sum().item()
     return correct / (2 * B), _wilson(correct, 2 * B)
 
 
@@ -247,7 +253,8 @@ def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor |
 
 
 def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: Tensor,
-                   judge: Callable[[Tensor], float], mask: Tensor | None = None, seed: int = 0) -> dict[str, object]:
+                   judge: Callable[[Tensor], float], mask: Tensor | None = None, places: Tensor | None = None,
+                   seed: int = 0) -> dict[str, object]:
     """Every measure of one set of generated texts; a table's natural row passes other natural text as generated.
 
     Args:
@@ -255,12 +262,13 @@ def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: 
         held_out: [B', T'] int64, text for n-gram frequencies that is in neither.
         judge: nats per completion token of whole rows [B, T] (`judge_nll` of an independent model).
         mask: [B, T] bool, shared by natural and generated, or None.
+        places: [B] or [2, B] int64, where in the corpus the texts stand, or None (see `c2st`).
 
     Returns:
         judge_nll, entropy, distinct_4, self_bleu, c2st, c2st_ci95 ([low, high]) and ngram_js; all fit for JSON.
     """
     texts, real = generated[:, start:], None if mask is None else mask[:, start:]
-    accuracy, interval = c2st(natural[:, start:], texts, seed=seed, mask=real)
+    accuracy, interval = c2st(natural[:, start:], texts, seed=seed, mask=real, places=places)
     return {
         "judge_nll": judge(generated),
         "entropy": token_entropy(texts, real),

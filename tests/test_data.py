@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo.config import DataSection
-from grpo.data import Cursor, make_dataset, windows
+from grpo.data import Cursor, make_dataset, window_places, windows
 
 CORPUS = "".join(f"{i:08d}" for i in range(20_000))
 torch.set_num_threads(1)
@@ -108,6 +108,14 @@ def test_fixed_windows_extend_and_follow_their_seed(blocks):
     assert torch.equal(windows(blocks, "judge", 40, 32, seed=3).tokens, many.tokens[:40])
     assert not torch.equal(windows(blocks, "judge", 40, 32, seed=4).tokens, many.tokens[:40])
     assert many.tokens.dtype == torch.int64 and many.attention_mask.all()
+
+
+def test_window_places_follow_the_order_of_the_corpus(blocks, documents):
+    start, place = places(windows(blocks, "judge", 100, 32, seed=3)), window_places(blocks, "judge", 100, 32, seed=3)
+    assert np.array_equal(start.argsort(), place.argsort()) and len(place.unique()) == 100
+    numbers = windows(documents, "validation", 10, 64, seed=3).tokens[:, :3].tolist()
+    assert np.array_equal(np.argsort([int(bytes(row)) for row in numbers]),
+                          window_places(documents, "validation", 10, 64, seed=3).argsort())
 
 
 def test_too_many_windows_are_refused_with_the_remedy(blocks, documents):

@@ -138,6 +138,20 @@ def test_c2st_on_shuffled_labels_is_at_chance_within_its_interval():
     assert outside <= 4  # binomial(20, 0.05) exceeds 4 with probability 0.003
 
 
+def test_c2st_cannot_use_words_that_the_windows_of_a_document_share():
+    """Natural text against natural text whose documents have topics: every text of a document repeats its own token."""
+    rng = torch.Generator().manual_seed(0)
+    topics = torch.arange(20).repeat_interleave(16)  # natural documents come in corpus order; half of the 20 are A's
+    tokens = markov(320, 24, 1.0, 5)
+    topical = torch.where(torch.rand(320, 24, generator=rng) < 0.2, 100 + topics[:, None], tokens)
+    order = torch.randperm(320, generator=rng)
+    of_a, of_b = (order[topics[order] % 2 == side] for side in (0, 1))
+    blind, (low, high) = c2st(topical[of_a], topical[of_b], places=torch.stack([of_a, of_b]))
+    assert c2st(topical[of_a], topical[of_b])[0] > 0.9 and low < 0.5 < high and low < blind < high
+    halves = torch.stack([of_a, of_b]).argsort(1).argsort(1) >= 80  # both sides are cut at the same place
+    assert {int(t) for t in topics[of_a[halves[0]]]} == {int(t) for t in topics[of_b[halves[1]]] - 1}
+
+
 def test_c2st_is_blind_to_padding_and_demands_one_shape():
     natural, generated = markov(100, 24, 1.0, 0), markov(100, 24, 1.0, 1)
     mask = torch.arange(24) < torch.randint(8, 24, (100, 1), generator=torch.Generator().manual_seed(0))
