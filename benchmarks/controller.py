@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from grpo.config import MaskBiasSection
 from grpo.corruption import Corrupted, corrupt, ramp, stratified_rows
 from grpo.diffusion_loss import corrective_denominator, corrective_loss
-from grpo.mask_bias import MaskBias
+from grpo.mask_bias import MaskBias, overshoot, settle_index
 from grpo.metrics import means
 from grpo.tokenizer import Vocabulary
 
@@ -44,21 +44,6 @@ PHASE = 3000
 SHIFTS = (0.0, 1.0, -1.0)
 VOCABULARY = Vocabulary(12)
 UNBOUNDED = 1e6
-
-
-def settle_step(emas: Tensor, target: float) -> int | None:
-    """First step from which the EMA stays within the tolerance to the end of the phase; None: it never does."""
-    outside = (emas - target).abs() > TOLERANCE
-    last_outside = int(outside.nonzero().max()) if outside.any() else -1
-    return last_outside + 1 if last_outside + 1 < len(emas) else None
-
-
-def overshoot(emas: Tensor, target: float) -> float:
-    """How far the EMA passes the target, seen from the side where it stood furthest."""
-    error = emas - target
-    side = error[error.abs().argmax()].sign()
-    after = error[error.abs().argmax() :] * -side
-    return max(0.0, float(after.max()))
 
 
 def closed_loop(section: MaskBiasSection, seed: int) -> dict:
@@ -77,7 +62,7 @@ def closed_loop(section: MaskBiasSection, seed: int) -> dict:
         emas = torch.stack(emas)
         phases.append(
             {
-                "settle_steps": settle_step(emas, section.target),
+                "settle_steps": settle_index(emas, section.target, TOLERANCE),
                 "overshoot": overshoot(emas, section.target),
                 "settled_mask_prob": float(emas[-500:].mean()),
                 "final_spread": float((emas[-500:] - section.target).abs().max()),

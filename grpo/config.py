@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass per section, read from YAML plus dotted overrides.
 
-The sections stand in `grpo/config_model.py` and `grpo/config_rounds.py`; what must hold between two sections is checked
-here. Reading, overriding, saving and hashing live in `grpo/config_file.py`.
+The sections stand in `grpo/config_model.py`, `grpo/config_rounds.py` and `grpo/config_sweep.py`; what must hold between
+two sections is checked here. Reading, overriding, saving and hashing live in `grpo/config_file.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from grpo.config_rounds import (
     RewardSection,
     TrackingSection,
 )
+from grpo.config_sweep import SweepSection
 
 __all__ = [
     "Config",
@@ -43,6 +44,7 @@ __all__ = [
     "RewardSection",
     "RunSection",
     "SamplerSection",
+    "SweepSection",
     "TrackingSection",
 ]
 
@@ -65,6 +67,7 @@ class Config:
     reward: RewardSection = field(default_factory=RewardSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
+    sweep: SweepSection = field(default_factory=SweepSection)
 
     def __post_init__(self) -> None:
         check(

@@ -78,13 +78,30 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, Any], origin: str = "saved config") -> Config:
     """The inverse of `to_dict`; sections and fields that an older version did not have take their defaults.
 
     Raises:
-        ValueError: a section or field that this version does not know.
+        ValueError: a section or field that this version does not know; says `origin`.
     """
-    return OmegaConf.to_object(_merge(OmegaConf.structured(Config), values, "saved config"))
+    tree = _merge(OmegaConf.structured(Config), values, origin)
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error, origin)) from None
+
+
+def with_values(config: Config, values: dict[str, Any], origin: str) -> Config:
+    """The config with values at dotted keys, as a sweep sets them.
+
+    Raises:
+        ValueError: an unknown key or a value that its section refuses; says `origin`.
+    """
+    tree = to_dict(config)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    return from_dict(tree, origin)
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -157,10 +157,10 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_same(folder: Path, decides: dict[str, Any]) -> None:
-    """A folder that holds weights belongs to one config: name the first key that differs."""
+def check_same(folder: Path, decides: dict[str, Any], begun: bool = False) -> None:
+    """A folder that holds weights, or work `begun`, belongs to one config: name the first key that differs."""
     path = folder / "decides.json"
-    if not path.exists() or not (newest_step(folder) or (folder / "best").exists()):
+    if not path.exists() or not (begun or newest_step(folder) or (folder / "best").exists()):
         write_json(path, decides)
         return
     before, now = (_flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))

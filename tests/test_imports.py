@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "config_model",
     "config_rounds",
+    "config_sweep",
     "config",
     "config_file",
     "noise",
@@ -18,6 +19,7 @@ ORDER = [
     "data",
     "metrics",
     "heads",
+    "lora",
     "features",
     "model",
     "checkpoint",
@@ -34,6 +36,7 @@ ORDER = [
     "multitask",
     "trajectory",
     "policy_loss",
+    "replay",
     "reward_loss",
     "reward_functions",
     "example_rewards",

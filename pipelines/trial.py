@@ -1,0 +1,231 @@
+"""One trial of a sweep, in one process: a base model, adversarial rounds on it, and measurements in between.
+
+1. A trial is what `pipelines/grpo.py` does with the same config: the same loops, actors and measures, without the
+   start-up of Ray Train. Where swept keys decide nothing of pretraining, all trials share one base and its published
+   trunk; otherwise each pretrains its own.
+2. A trial is a function of its swept values and lives in a folder named by them. `step` takes the next report from
+   there, or makes it: a sweep that is started again is told what it knew, and nothing is done twice.
+3. Quality is measured at the temperature that gives the token entropy of natural text, so that no trial wins by a knob.
+4. Of pretraining's p(MASK) at masked positions: when it settled (within `TOLERANCE` of the target to the end; the
+   number of steps, if never), how far it overshot, and its mean distance to the target in the last quarter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from grpo.config import Config
+from grpo.config_file import config_hash, save_config, with_values
+from grpo.mask_bias import overshoot, settle_index
+from pipelines import pretrain_loop, rounds
+from pipelines.evaluate import measure
+from pipelines.grpo import Paths, start_actors
+from pipelines.launch import worker_threads
+from pipelines.pretrain import alone, write_json
+from pipelines.ranks import Ranks
+from pipelines.tracking import Tracker
+
+TOLERANCE = 0.05
+"""Of p(MASK), a mean over `pretrain.log_every` steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What the trials of a sweep have in common."""
+
+    config: Config
+    """Before any swept value, with absolute folders."""
+    folder: Path
+    """Of the sweep."""
+    dataset: Path
+    judge: Path
+    base: Path | None
+    """The base model of all trials; None: each has its own."""
+    trunk: tuple[Any] | None
+    """Reference of the base's published trunk."""
+    entropy: float
+    """Token entropy of natural text, nats."""
+    mlflow_run: str | None
+    """The sweep's run, of which those of the trials are children."""
+    device: str
+
+
+def trial_folder(sweep: Path, values: dict[str, Any]) -> Path:
+    return sweep / "trials" / config_hash(dict(sorted(values.items())))[:8]
+
+
+def read_trial(folder: Path) -> dict[str, Any] | None:
+    """A trial's record: values, status, reports; None before its first word."""
+    path = folder / "trial.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class Trial:
+    """A trial in a process: `step` gives one report after another, `close` lets go of actors and tracking."""
+
+    def __init__(self, shared: Shared, values: dict[str, Any]) -> None:
+        config = with_values(shared.config, values, "sweep.space")
+        single = {"num_workers": 1, "rollout_actors": 1}
+        self.config = replace(
+            config, grpo=replace(config.grpo, **single), pretrain=replace(config.pretrain, num_workers=1)
+        )
+        self.shared, self.folder = shared, trial_folder(shared.folder, values)
+        self.base, self.ranks = shared.base or self.folder / "base" / "best", Ranks(device=shared.device)
+        self.open, self.reported = ExitStack(), 0
+        self.tracker: Tracker | None = None
+        self.job: rounds.Job | None = None
+        self.open.enter_context(alone(self.folder))
+        self.record = read_trial(self.folder) or {
+            "trial": self.folder.name,
+            "values": values,
+            "status": "running",
+            "started": time.time(),
+            "wall_s": 0.0,
+            "reports": [],
+        }
+        write_json(self.folder / "trial.json", self.record)
+        torch.set_num_threads(worker_threads(self.config.run.threads, 2))
+
+    def step(self) -> dict[str, float]:
+        """The next report: figures so far, the first one after pretraining, then one after each stretch of rounds."""
+        if self.record["status"] == "failed":
+            raise RuntimeError(self.record["reason"])
+        if self.reported == len(self.record["reports"]):
+            try:
+                self._advance()
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                write_json(self.folder / "trial.json", {**self.record, "status": "failed", "reason": reason})
+                raise
+        self.reported += 1
+        return self.record["reports"][self.reported - 1]
+
+    def close(self) -> None:
+        self.open.close()
+
+    def _advance(self) -> None:
+        """Make the next report."""
+        started, sweep = time.monotonic(), self.config.sweep
+        if self.tracker is None:
+            self._track()
+        figures = self._rounds(self.reported) if self.reported else self._pretrain()
+        newest = self.folder / "final" if self.reported else self.base
+        quality = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy)
+        quality = {f"{name}_matched": value for name, value in quality.items() if isinstance(value, float)}
+        figures, quality = _finite(figures), _finite(quality)
+        self.tracker.log(quality, self._rounds_until(self.reported) if self.reported else 0)
+        report = {**(self.record["reports"][-1] if self.reported else {}), **figures, **quality}
+        if sweep.objective not in report:
+            known = ", ".join(sorted(report))
+            raise ValueError(f"sweep.objective must be a figure of a trial ({known}), got {sweep.objective!r}")
+        self.record["reports"].append(report)
+        self.record["wall_s"] += time.monotonic() - started
+        if self.reported == sweep.stretches:
+            self.record["status"] = "finished"
+            self.tracker.artifact(self.folder / "final", "checkpoint")
+        write_json(self.folder / "trial.json", self.record)
+
+    def _track(self) -> None:
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in self.record["values"].items():
+            section, _, name = key.partition(".")
+            nested.setdefault(section, {})[name] = value
+        self.tracker = self.open.enter_context(
+            Tracker(self.config.tracking, self.folder, self.folder.name, config=nested,
+                    parent_run_id=self.shared.mlflow_run)
+        )
+        save_config(self.config, self.folder / "config.yaml")
+        self.tracker.artifact(self.folder / "config.yaml")
+
+    # ---- pretraining ----------------------------------------------------------------------------------------------
+
+    def _pretrain(self) -> dict[str, float]:
+        """Pretrain the trial's own base, if it has one; its bound, its critic, and how its mask bias fared."""
+        if self.shared.base:
+            return {}
+        folder, settings = self.folder / "base", self.config.pretrain
+        curve = _curve(folder, pretrain_loop.newest_step(folder))
+        for row in curve:  # as for the rounds: what the store has is not stored twice
+            self._log_step(row, row["step"])
+
+        def log(figures: dict[str, float], step: int, settle: bool) -> None:
+            curve.append({"step": step, **figures})
+            with (folder / "curve.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(curve[-1]) + "\n")
+            self._log_step(figures, step)
+
+        job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
+                                tracking=self.config.tracking, board=None, mlflow_run=None)
+        folder.mkdir(parents=True, exist_ok=True)
+        figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
+        bound = {name: value for name, value in figures.items() if name.startswith(("val_", "critic_"))}
+        return bound | settling(curve, self.config.mask_bias.target, settings.steps)
+
+    def _log_step(self, figures: dict[str, float], step: int) -> None:
+        self.tracker.log({f"pretrain/{name}": value for name, value in figures.items() if name != "step"}, step)
+
+    # ---- adversarial rounds ---------------------------------------------------------------------------------------
+
+    def _rounds_until(self, stretch: int) -> int:
+        return -(-self.config.grpo.rounds * stretch // self.config.sweep.stretches)
+
+    def _rounds(self, stretch: int) -> dict[str, float]:
+        """The rounds up to the end of a stretch; means of its rounds' figures."""
+        if self.job is None:
+            paths = Paths(dataset=self.shared.dataset, base=self.base, judge=self.shared.judge)
+            trunk = self.shared.trunk and self.shared.trunk[0]
+            self.job = self.open.enter_context(start_actors(self.config, paths, trunk))
+            self.logged = 0
+
+        def log(figures: dict[str, float], round: int) -> None:
+            if round > self.logged:
+                self.tracker.log(figures, round)
+                self.logged = round
+
+        grpo = replace(self.config.grpo, rounds=self._rounds_until(stretch))
+        job = replace(self.job, config=replace(self.config, grpo=grpo), folder=self.folder)
+        history = rounds.train(job, self.ranks, log, lambda done, total, figures: False)["history"]
+        first = self.config.warmup_rounds + self._rounds_until(stretch - 1)
+        rows = [row for row in history if row["step"] > first]
+        return {name: fmean(row[name] for row in rows) for name in rows[-1] if name != "step"}
+
+
+def settling(curve: list[dict[str, float]], target: float, num_steps: int) -> dict[str, float]:
+    """How p(MASK) at masked positions came to its target, by the readings of pretraining; nothing without any."""
+    rows = [row for row in curve if "p_mask_unmask" in row]
+    if not rows:
+        return {}
+    signal = torch.tensor([row["p_mask_unmask"] for row in rows])
+    settled = settle_index(signal, target, TOLERANCE)
+    last = signal[3 * len(signal) // 4 :]
+    return {
+        "p_mask_settled_step": float(num_steps if settled is None else rows[settled]["step"]),
+        "p_mask_overshoot": overshoot(signal, target),
+        "p_mask_error": float((last - target).abs().mean()),
+        "mask_bias_final": rows[-1]["mask_bias"],
+    }
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float]:
+    """Without what could not be measured, such as the AUROC of a critic that saw no error."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _curve(folder: Path, newest_step: int) -> list[dict[str, float]]:
+    """Readings up to the newest checkpoint; later ones will be made again and are cut off."""
+    path = folder / "curve.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [row for row in rows if row["step"] <= newest_step]
+    if lines:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
