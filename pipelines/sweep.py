@@ -39,15 +39,15 @@ from grpo.config_file import config_hash, save_config, to_dict, with_values
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from pipelines.evaluate import fit_judge, measure_natural
-from pipelines.grpo import GPU_SHARE_OF_ACTORS
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import beside_main_thread
 from pipelines.sample import find_checkpoint
+from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
-from pipelines.trial import Shared, Trial, read_trial, trial_folder
+from pipelines.trial import Shared, Trial, read_curve, read_trial, trial_folder
 
 SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""
@@ -176,8 +176,9 @@ def _search(shared: Shared, display: Display) -> None:
     for noisy in ("ray.tune", "ray.train", "optuna"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what a trial failed of is told by `_show`
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600"}
-    on_gpu = {"GPU": 1 - GPU_SHARE_OF_ACTORS} if shared.device == "cuda" else {}
-    bundles = [{"CPU": 1.0, **on_gpu}, *([{"GPU": GPU_SHARE_OF_ACTORS}] if on_gpu else [])]
+    booked = [shared.config.cluster.booked(kind, on_gpu=shared.device == "cuda")
+              for kind in ("learner", "generator", "reward")]
+    bundles = [each for each in booked if each]  # the first is the trial's own process; its actors take the others
     grids = [values for kind, values in sweep.ranges.values() if kind == "grid"]
     total = 1
     for values in grids:
@@ -292,8 +293,15 @@ def _news(shared: Shared, display: Display, total: int) -> Any:
 
 def _publish(config: Config, folder: Path, tracker: Tracker, trials: list[dict[str, Any]], best: Any) -> None:
     """The sweep's table and best config, in the folder and in MLflow."""
-    rows, columns = _rows(config.sweep, trials)
+    sweep, (rows, columns) = config.sweep, _rows(config.sweep, trials)
     tracker.table("trials", rows, columns)
+    tracker.figure("parallel_coordinates", parallel_coordinates(trials, sweep.ranges, sweep.objective, sweep.mode))
+    tracker.figure("responses", responses(trials, sweep.ranges, [sweep.objective, *COLUMNS[:-1], "p_mask_error"]))
+    for key, (kind, values) in sweep.ranges.items():
+        curves = [_approach(folder, trial, key) for trial in trials if key.startswith("mask_bias.")]
+        if any(steps for steps, *_ in curves) and not isinstance(values[0], str):
+            figure = approaches(curves, key=key, target=config.mask_bias.target, log=kind == "loguniform")
+            tracker.figure(f"p_mask_by_{key}", figure)
     if best is not None:
         chosen = with_values(config, best["values"], "best trial")
         save_config(replace(chosen, run=replace(chosen.run, name=""), sweep=SweepSection()), folder / "best.yaml")
@@ -301,6 +309,12 @@ def _publish(config: Config, folder: Path, tracker: Tracker, trials: list[dict[s
         tracker.artifact(folder / "best.yaml")
     tracker.artifact(folder / "trials.json")
     tracker.artifact(folder / "summary.json")
+
+
+def _approach(folder: Path, trial: dict[str, Any], key: str) -> tuple[list[float], list[float], float]:
+    """Steps and p(MASK) of a trial's own pretraining, and its value of a key."""
+    rows = [row for row in read_curve(folder / "trials" / trial["trial"] / "base") if "p_mask_unmask" in row]
+    return [row["step"] for row in rows], [row["p_mask_unmask"] for row in rows], trial["values"][key]
 
 
 def _rows(sweep: SweepSection, trials: list[dict[str, Any]]) -> tuple[list[list[Any]], list[str]]:

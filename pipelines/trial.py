@@ -6,8 +6,9 @@
 2. A trial is a function of its swept values and lives in a folder named by them. `step` takes the next report from
    there, or makes it: a sweep that is started again is told what it knew, and nothing is done twice.
 3. Quality is measured at the temperature that gives the token entropy of natural text, so that no trial wins by a knob.
-4. Of pretraining's p(MASK) at masked positions: when it settled (within `TOLERANCE` of the target to the end; the
-   number of steps, if never), how far it overshot, and its mean distance to the target in the last quarter.
+4. Of pretraining's p(MASK) at masked positions, as a moving average that is the same for all trials: when it settled
+   (within `TOLERANCE` of the target to the end; the number of steps, if never), how far it overshot, and its mean
+   distance to the target in the last quarter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from pipelines.ranks import Ranks
 from pipelines.tracking import Tracker
 
 TOLERANCE = 0.05
-"""Of p(MASK), a mean over `pretrain.log_every` steps."""
+"""Of p(MASK)."""
+WINDOW = 5
+"""Readings of p(MASK), each a mean over `pretrain.log_every` steps, that are averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,26 +155,24 @@ class Trial:
         """Pretrain the trial's own base, if it has one; its bound, its critic, and how its mask bias fared."""
         if self.shared.base:
             return {}
-        folder, settings = self.folder / "base", self.config.pretrain
-        curve = _curve(folder, pretrain_loop.newest_step(folder))
-        for row in curve:  # as for the rounds: what the store has is not stored twice
-            self._log_step(row, row["step"])
+        folder = self.folder / "base"
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = pretrain_loop.newest_step(folder)
+        curve = [row for row in read_curve(folder) if row["step"] <= newest]  # later ones are about to be made again
+        file = self.open.enter_context((folder / "curve.jsonl").open("w", encoding="utf-8"))
 
         def log(figures: dict[str, float], step: int, settle: bool) -> None:
-            curve.append({"step": step, **figures})
-            with (folder / "curve.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(curve[-1]) + "\n")
-            self._log_step(figures, step)
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+            file.flush()
+            self.tracker.log({f"pretrain/{name}": value for name, value in figures.items()}, step)
 
+        for row in curve:  # as for the rounds: what the store has is not stored twice
+            log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
         job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
                                 tracking=self.config.tracking, board=None, mlflow_run=None)
-        folder.mkdir(parents=True, exist_ok=True)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
         bound = {name: value for name, value in figures.items() if name.startswith(("val_", "critic_"))}
-        return bound | settling(curve, self.config.mask_bias.target, settings.steps)
-
-    def _log_step(self, figures: dict[str, float], step: int) -> None:
-        self.tracker.log({f"pretrain/{name}": value for name, value in figures.items() if name != "step"}, step)
+        return bound | settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
 
     # ---- adversarial rounds ---------------------------------------------------------------------------------------
 
@@ -204,11 +205,12 @@ def settling(curve: list[dict[str, float]], target: float, num_steps: int) -> di
     rows = [row for row in curve if "p_mask_unmask" in row]
     if not rows:
         return {}
-    signal = torch.tensor([row["p_mask_unmask"] for row in rows])
+    window = min(WINDOW, len(rows))
+    signal = torch.tensor([row["p_mask_unmask"] for row in rows]).unfold(0, window, 1).mean(-1)
     settled = settle_index(signal, target, TOLERANCE)
     last = signal[3 * len(signal) // 4 :]
     return {
-        "p_mask_settled_step": float(num_steps if settled is None else rows[settled]["step"]),
+        "p_mask_settled_step": float(num_steps if settled is None else rows[settled + window - 1]["step"]),
         "p_mask_overshoot": overshoot(signal, target),
         "p_mask_error": float((last - target).abs().mean()),
         "mask_bias_final": rows[-1]["mask_bias"],
@@ -220,12 +222,8 @@ def _finite(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def _curve(folder: Path, newest_step: int) -> list[dict[str, float]]:
-    """Readings up to the newest checkpoint; later ones will be made again and are cut off."""
-    path = folder / "curve.jsonl"
+def read_curve(base: Path) -> list[dict[str, float]]:
+    """The readings of a base model's pretraining; none of a shared base."""
+    path = base / "curve.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    rows = [row for row in rows if row["step"] <= newest_step]
-    if lines:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return rows
+    return [json.loads(line) for line in lines if line.endswith("\n")]

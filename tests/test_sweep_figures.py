@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from pipelines.sweep_figures import approaches, parallel_coordinates, rank_correlation, responses
+
+RANGES = {"a.x": ("uniform", [0.0, 2.0]), "b.y": ("loguniform", [0.01, 1.0]), "c.z": ("choice", ["up", "down", 3])}
+
+
+def trial(x, y, z, result, status="finished"):
+    reports = [] if result is None else [{"loss": result, "other": -result}]
+    return {"values": {"a.x": x, "b.y": y, "c.z": z}, "status": status, "reports": reports}
+
+
+TRIALS = [
+    trial(0.5, 0.1, "up", 2.0),
+    trial(2.0, 1.0, 3, 1.0),
+    trial(1.0, 0.01, "down", 3.0, "stopped"),
+    trial(1.5, 0.5, "up", None, "failed"),
+]
+
+
+def test_a_line_passes_the_axes_at_its_values():
+    axis = parallel_coordinates(TRIALS, RANGES, "loss").axes[0]
+    heights = [list(line.get_ydata()) for line in axis.lines[:3]]  # the axes themselves follow
+    assert heights == [
+        pytest.approx([0.25, 0.5, 0.0, 0.5]),
+        pytest.approx([1.0, 1.0, 1.0, 0.0]),
+        pytest.approx([0.5, 0.0, 0.5, 1.0]),
+    ]
+    assert [line.get_linewidth() for line in axis.lines[:3]] == [1.2, 3, 1.2]
+    assert [line.get_alpha() for line in axis.lines[:3]] == [1, 1, 0.3]
+
+
+def test_responses_have_a_panel_per_figure_and_key(tmp_path):
+    figure = responses(TRIALS, RANGES, ["loss", "absent", "other"])
+    assert len(figure.axes) == 6
+    points = figure.axes[1].collections[0].get_offsets()
+    assert points.tolist() == [[0.1, 2.0], [1.0, 1.0], [0.01, 3.0]]
+    assert figure.axes[1].get_xscale() == "log" and figure.axes[1].get_title(loc="right").endswith("-1.00")
+    assert figure.axes[2].collections[0].get_offsets()[:, 0].tolist() == [0, 2, 1]
+    figure.savefig(tmp_path / "responses.png")
+
+
+def test_a_sweep_without_figures_still_draws(tmp_path):
+    for index, figure in enumerate((parallel_coordinates(TRIALS[3:], RANGES, "loss"), responses([], RANGES, ["loss"]))):
+        figure.savefig(tmp_path / f"{index}.png")
+
+
+def test_approaches_are_drawn_beside_their_target(tmp_path):
+    figure = approaches([([1, 2], [0.9, 0.5], 0.1), ([1, 2], [0.8, 0.6], 0.1)], key="k", target=0.4, log=True)
+    lines = figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in lines] == [[0.9, 0.5], [0.8, 0.6], [0.4, 0.4]]
+    figure.savefig(tmp_path / "approaches.png")
+
+
+def test_rank_correlation_equals_scipy():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        x, y = rng.integers(0, 6, 20).astype(float), rng.normal(size=20)
+        assert rank_correlation(x, y + x) == pytest.approx(scipy_stats.spearmanr(x, y + x).statistic, abs=1e-12)
+    assert rank_correlation(np.array([1.0, 2.0, 4.0]), np.array([3.0, 9.0, 100.0])) == 1.0
+    assert rank_correlation(np.ones(4), np.arange(4.0)) == 0.0
