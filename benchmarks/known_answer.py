@@ -7,7 +7,7 @@ and anchor, on small bases; then the same with a KL weight of 10; then one round
 last line is a JSON object: `climb_diffusion`, `climb_causal` (mean reward of the last three rounds less the first's),
 `monotone_share` (share of rounds whose mean over three rounds does not fall), `kl_*` (nats per action at the end),
 `held_climb_*` and `held_kl_*` (the same under the high KL weight), `equal_rewards_gradient` (largest norm of a head's
-gradient), and `<key>_ci95` over seeds.
+gradient, without the KL), and `<key>_ci95` over seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,8 +49,8 @@ def climb(config: Config, dataset: Dataset, base: GPT) -> dict[str, float]:
 
 
 def gradient_of_equal_rewards(config: Config, dataset: Dataset, base: GPT) -> float:
-    """Largest gradient norm among the heads in a round whose texts all earn the same."""
-    adversary = Adversary(config, dataset, base)
+    """Largest gradient norm among the heads in a round whose texts all earn the same; the KL's is rounding dust."""
+    adversary = Adversary(replace(config, grpo=replace(config.grpo, kl=0.0)), dataset, base)
     adversary.reward.functions = {NAME: lambda texts: [0.1] * len(texts)}
     return max(value for name, value in adversary.round(0).items() if name.startswith("grad_norm_"))
 
