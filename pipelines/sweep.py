@@ -49,7 +49,7 @@ from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.trial import Shared, Trial, read_curve, read_trial, trial_folder
 
-SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "sweep")
+SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "cluster", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""
 COLUMNS = ("val_bpb", "p_mask_settled_step", "p_mask_overshoot", "critic_auroc", "wall_s")
 """Figures of the table, beside the swept keys and the objective, where trials have them."""
