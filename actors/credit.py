@@ -19,15 +19,13 @@ from actors.phase import accumulate
 from actors.reward import Scores
 from grpo.config import GrpoSection
 from grpo.metrics import weighted_sum
-from grpo.model import GPT
 from grpo.policy_loss import equal_groups, group_advantages, temperature_direction
 from grpo.reward_loss import dense_rewards, log_odds
-from grpo.trajectory import Rollout, credited, policy_log_probs
+from grpo.trajectory import Rollout, credited
 
 
 @torch.no_grad()
 def action_credits(
-    model: GPT,
     rollouts: list[Rollout],
     scores: list[Scores],
     weights: list[Tensor],
@@ -39,8 +37,7 @@ def action_credits(
     """Credit of each credited action, and the figures that describe the rewards.
 
     Args:
-        model: the policy, as it was when it rolled out.
-        rollouts, scores, weights: of this rank's actors, on the model's device; weights: [M + D] of the loss.
+        rollouts, scores, weights: of this rank's actors, on one device; weights: [M + D] of the loss.
         signal: `reward.signal`.
         all_reduce: see `actors/learner.py`.
 
@@ -56,7 +53,7 @@ def action_credits(
         whole.append(by_text[rows])
         accumulate(sums, part)
     if grpo.neutral and grpo.adversary:
-        dense = _neutral(model, rollouts, dense, weights, all_reduce)
+        dense = _neutral(rollouts, dense, weights, all_reduce)
     return [tokens + texts for tokens, texts in zip(dense, whole, strict=True)], sums
 
 
@@ -96,7 +93,6 @@ def _advantages(
 
 
 def _neutral(
-    model: GPT,
     rollouts: list[Rollout],
     credits: list[Tensor],
     weights: list[Tensor],
@@ -105,7 +101,7 @@ def _neutral(
     """The credits [M + D] without the part that the temperature explains."""
     knobs = []
     for rollout, credit in zip(rollouts, credits, strict=True):
-        knob = temperature_direction(rollout.logprobs, policy_log_probs(model, rollout))
+        knob = temperature_direction(rollout.logprobs, rollout.entropies)
         knob = F.pad(knob, (0, len(credit) - len(knob)))  # re-mask draws know no temperature
         knobs.append(knob * (credit != 0))  # groups of equal reward stay without credit
     parts = list(zip(weights, credits, knobs, strict=True))

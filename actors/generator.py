@@ -1,6 +1,6 @@
 """The generator in a process: it holds a mounted trunk and the newest heads, and rolls out.
 
-1. Heads come with every call, by reference, so a restarted actor cannot act with stale ones.
+1. What trains comes with every call, by reference, so a restarted actor cannot act with stale weights.
 2. Noise belongs to the sample's global index, so results do not depend on how many actors share the work.
 """
 
@@ -11,6 +11,7 @@ import torch
 from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
 from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
+from grpo.lora import HEADS, Trainable
 from grpo.noise import row_seeds
 from grpo.trajectory import Rollout, roll_out
 
@@ -39,6 +40,7 @@ class Generator:
         threads: int,
         device: str = "cpu",
         remasking_model: str = "",
+        trainable: Trainable = HEADS,
     ) -> None:
         torch.set_num_threads(threads)
         self.model = mount(
@@ -49,6 +51,7 @@ class Generator:
             lm_residual=lm_residual,
             device=device,
             own_heads=False,
+            trainable=trainable,
         )
         self.version = -1
         self.seed, self.group_size, self.device = seed, group_size, device
@@ -60,6 +63,7 @@ class Generator:
             "prompt_tokens": prompt_tokens,
             "group_size": group_size,
             "min_neighbors_ratio": min_neighbors_ratio,
+            "replay": trainable != HEADS,
             "remasking_model": load_model(remasking_model, device=device).eval() if remasking_model else None,
         }
 
@@ -76,7 +80,7 @@ class Generator:
         """Continue prompts.
 
         Args:
-            heads, version: the policy's heads and their number; copied only when new.
+            heads, version: the policy's heads, with whatever else of it trains, and their number; read only when new.
             mask_bias: bias on the [MASK] logit, nats.
             round: numbers the noise together with the indices.
             indices: [n] int64, global index of each prompt in this round.

@@ -1,10 +1,13 @@
-"""The learner in a process: the generator phase of an adversarial round, over the frozen trunk, and its opponent.
+"""The learner in a process: the generator phase of an adversarial round, and its opponent.
 
-1. The generator trains on the rollout's cached hidden states. No trunk pass belongs to an update, except the anchor's
-   on natural text.
+1. Where heads train, they train on the rollout's cached hidden states: no trunk pass belongs to an update, except the
+   anchor's on natural text. Where the trunk or adapters of it train too, each denoising step is replayed, with a
+   backward of its own. The reward model and the reference of the KL keep the base's trunk.
 2. Distribution is applied from outside: `wrap` makes a module data-parallel, `all_reduce(tensor, op)` reduces a tensor.
    Losses carry global denominators and are multiplied by the number of ranks, because DDP averages.
-3. The two players orbit each other, so the run's result is the average of the heads over rounds, not the last ones.
+3. The two players orbit each other, so the run's result is the average over rounds of what trains, not its last value.
+4. A rollout of older weights is clipped around the policy at the start of the phase, and its actions are weighted by
+   that policy's truncated likelihood ratio to the one that acted; a fresh rollout's weights are 1.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from actors.trunk_store import Arrays, Blueprint, mount, to_arrays
 from grpo.config import Config
 from grpo.corruption import stratified_rows
 from grpo.data import Batch
+from grpo.lora import Trainable, load_policy_state, policy_state, trainable_modules
 from grpo.mask_bias import MaskBias
 from grpo.metrics import weighted_sum
 from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
@@ -30,20 +34,13 @@ from grpo.optim import Parts, clip_parts, flat_state, load_flat_state, make_opti
 from grpo.policy_loss import (
     action_weights,
     clipped_policy_loss,
-    entropy,
-    exact_kl,
+    importance_weights,
     likelihood_ratios,
+    mean_log_ratios,
 )
+from grpo.replay import CACHED, Part, action_values, draw_steps, part_logprobs, split
 from grpo.reward_loss import entropy_coefficient
-from grpo.trajectory import (
-    Rollout,
-    action_tables,
-    credited,
-    credited_tokens,
-    credits_positions,
-    most_actions,
-    taken,
-)
+from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions
 
 ANCHOR_STREAM = 21
 BEYOND_RAMPS = 1 << 40
@@ -69,17 +66,19 @@ class Learner:
     ) -> None:
         self.config, self.rank, self.world = config, rank, world
         self.remasking, self.all_reduce, self.device = remasking, all_reduce, device
-        self.model = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
+        policy = {"lm_residual": config.grpo.residual, "trainable": Trainable.of(config.grpo), "seed": config.run.seed}
+        self.model = mount(blueprint, "generator", trunk, heads, device=device, **policy)
         self.reference = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
         self.reference.requires_grad_(False)
-        self.result = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
+        self.result = mount(blueprint, "generator", trunk, heads, device=device, **policy)
         self.result.requires_grad_(False)
         ranks = {"rank": rank, "world": world, "wrap": wrap, "all_reduce": all_reduce, "device": device}
         opponent = Discriminator if config.grpo.adversary else NoDiscriminator
-        self.discriminator = opponent(blueprint, config, self.model, **ranks)
+        self.discriminator = opponent(blueprint, config, self.reference, **ranks)
         self.stage = stage(config, BEYOND_RAMPS)
-        self.parts: Parts = trainable_parts(dict(self.model.heads.items()))
-        self.generator_phase_module = wrap(Phase(dict(self.model.heads.items())))
+        modules = {**dict(self.model.heads.items()), **trainable_modules(self.model.trunk)}
+        self.parts: Parts = trainable_parts(modules)
+        self.generator_phase_module = wrap(Phase(modules))
         self.optimizer = make_optimizer(self.parts, learning_rate=config.grpo.learning_rate)
         self.mask_bias = MaskBias(config.mask_bias, device)
         self.entropy_target: float | None = None
@@ -89,7 +88,9 @@ class Learner:
     # ---- what the actors need -------------------------------------------------------------------------------------
 
     def generator_heads(self) -> Arrays:
-        return {name: array.copy() for name, array in to_arrays(self.model.heads.state_dict()).items()}
+        """The policy's heads, and under `trunk.` what else of it trains."""
+        state = policy_state(self.model.trunk, self.model.heads)
+        return {name: array.copy() for name, array in to_arrays(state).items()}
 
     @property
     def bias(self) -> float:
@@ -100,7 +101,7 @@ class Learner:
     def generator_phase(
         self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch, rows: Tensor
     ) -> dict[str, float]:
-        """Group-relative policy gradient on the rollouts' cached states, plus the anchor on natural text.
+        """Group-relative policy gradient on the rollouts' actions, plus the anchor on natural text.
 
         Args:
             rollouts, scores: of this rank's actors.
@@ -113,7 +114,6 @@ class Learner:
         rollouts = [rollout.to(self.device) for rollout in rollouts]
         weights = self._weights(rollouts)
         credits, sums = action_credits(
-            self.model,
             rollouts,
             scores,
             weights,
@@ -121,26 +121,43 @@ class Learner:
             signal=self.config.reward.signal,
             all_reduce=self.all_reduce,
         )
+        updates = range(round * grpo.num_iterations, (round + 1) * grpo.num_iterations)
+        num_steps = 1 if self.model.trunk.causal else self.config.denoise.steps
+        drawn = [draw_steps(self.config.run.seed, update, num_steps, grpo.replay_steps) for update in updates]
+        parts = [(r, part) for r, rollout in enumerate(rollouts) for part in split(rollout, grpo.micro_batch)]
+        proximal = self._proximal(rollouts, parts, {CACHED}.union(*drawn))
         ratio_max = torch.zeros((), device=self.device)
         norms: dict[str, Tensor] = {}
-        for iteration in range(grpo.num_iterations):
+        for update, steps in zip(updates, drawn, strict=True):
             self.optimizer.zero_grad(set_to_none=True)
-            for index, rollout in enumerate(rollouts):
-                last = index == len(rollouts) - 1
+            chosen = [(r, part) for r, part in parts if part.step in (CACHED, *steps)] or parts[-1:]
+            log_means = self._sequence_ratios(rollouts, parts, proximal)
+            for number, (r, part) in enumerate(chosen):
+                last = number == len(chosen) - 1
 
                 def losses(
-                    rollout: Rollout = rollout,
-                    index: int = index,
+                    r: int = r,
+                    part: Part = part,
                     last: bool = last,
-                    iteration: int = iteration,
+                    update: int = update,
+                    steps: list[int] = steps,
+                    log_means: list[Tensor | None] = log_means,
                 ) -> Tensor:
                     nonlocal ratio_max
-                    loss, part, largest = self._policy_losses(rollout, credits[index], weights[index])
+                    share = 1.0 if part.step == CACHED else num_steps / len(steps) * (part.step in steps)
+                    loss, figures, largest = self._policy_losses(
+                        part,
+                        credits[r][part.index],
+                        share * weights[r][part.index],
+                        proximal[r][part.index],
+                        log_means[r],
+                        stale=rollouts[r].policy_version < self.version,
+                    )
                     ratio_max = torch.maximum(ratio_max, largest)
-                    accumulate(sums, part)
+                    accumulate(sums, figures)
                     if last and grpo.anchor:
-                        anchor, part = self._anchor_loss(round * grpo.num_iterations + iteration, natural, rows)
-                        accumulate(sums, part)
+                        anchor, figures = self._anchor_loss(update, natural, rows)
+                        accumulate(sums, figures)
                         loss = loss + grpo.anchor * anchor
                     return loss * self.world
 
@@ -150,7 +167,7 @@ class Learner:
             check_finite(norms, f"generator phase of round {round}")
             self.optimizer.step()
         self.version += 1
-        self._average_heads()
+        self._average()
         metrics = self._means(sums)
         if grpo.entropy:
             self.entropy_target = self.entropy_target or grpo.entropy * metrics["entropy"]
@@ -168,9 +185,10 @@ class Learner:
     # ---- state ----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, under plain names; trunk excluded."""
-        state = {f"heads.{name}": value for name, value in self.model.heads.state_dict().items()}
-        state |= {f"result.{name}": value for name, value in self.result.heads.state_dict().items()}
+        """Everything that a resumed run needs, under plain names; what of the trunk is frozen excluded."""
+        state = {f"policy.{name}": value for name, value in policy_state(self.model.trunk, self.model.heads).items()}
+        result = policy_state(self.result.trunk, self.result.heads)
+        state |= {f"result.{name}": value for name, value in result.items()}
         state |= {f"optimizer.{name}": value for name, value in flat_state(self.optimizer).items()}
         return state | {f"discriminator.{name}": value for name, value in self.discriminator.tensors().items()}
 
@@ -184,8 +202,8 @@ class Learner:
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Continue from `tensors`, `texts` and `numbers`."""
-        self.model.heads.load_state_dict(with_prefix(tensors, "heads."))
-        self.result.heads.load_state_dict(with_prefix(tensors, "result."))
+        load_policy_state(self.model.trunk, self.model.heads, with_prefix(tensors, "policy."))
+        load_policy_state(self.result.trunk, self.result.heads, with_prefix(tensors, "result."))
         load_flat_state(self.optimizer, with_prefix(tensors, "optimizer."))
         self.version = numbers["version"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
@@ -219,31 +237,67 @@ class Learner:
             for each, rollout in zip(rows, rollouts, strict=True)
         ]
 
+    def _proximal(self, rollouts: list[Rollout], parts: list[tuple[int, Part]], steps: set[int]) -> list[Tensor]:
+        """[M + D] log-probabilities that ratios are relative to: those that a fresh rollout acted with; of a stale one
+        those of the present policy, at the steps that will be used."""
+        proximal = [credited(rollout, "logprobs") for rollout in rollouts]
+        for r, rollout in enumerate(rollouts):
+            if rollout.policy_version < self.version:
+                proximal[r] = proximal[r].clone()
+                for _, part in (each for each in parts if each[0] == r and each[1].step in steps):
+                    proximal[r][part.index] = part_logprobs(self.model, part)
+        return proximal
+
+    def _sequence_ratios(
+        self, rollouts: list[Rollout], parts: list[tuple[int, Part]], proximal: list[Tensor]
+    ) -> list[Tensor | None]:
+        """[b] mean log-ratio of each sample, which `gspo` needs where a part holds but one step of it; else None."""
+        if self.config.grpo.loss != "gspo":
+            return [None] * len(rollouts)
+        means: list[Tensor | None] = []
+        for r, rollout in enumerate(rollouts):
+            if rollout.inputs is None:
+                means.append(None)
+                continue
+            present = torch.empty_like(proximal[r])
+            for _, part in (each for each in parts if each[0] == r):
+                present[part.index] = part_logprobs(self.model, part)
+            means.append(mean_log_ratios(present - proximal[r], credited(rollout, "rows"), len(rollout.tokens)))
+        return means
+
     def _policy_losses(
-        self, rollout: Rollout, credit: Tensor, weights: Tensor
+        self,
+        part: Part,
+        credit: Tensor,
+        weights: Tensor,
+        proximal: Tensor,
+        log_means: Tensor | None,
+        *,
+        stale: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        grpo = self.config.grpo
-        policy = action_tables(self.model, rollout)
-        with torch.no_grad():
-            reference = action_tables(self.reference, rollout)
+        """Policy loss, KL and entropy terms of a part, figures as pairs, and the largest ratio."""
+        grpo, rollout = self.config.grpo, part.rollout
+        logprobs, kl, spread = action_values(self.model, self.reference, part)
+        rows, num_rows = credited(rollout, "rows"), len(rollout.tokens)
+        if log_means is not None:
+            log_means = log_means[part.samples]
         ratios = likelihood_ratios(
-            taken(policy, rollout),
-            credited(rollout, "logprobs"),
-            rows=credited(rollout, "rows"),
-            num_rows=len(rollout.tokens),
-            loss=grpo.loss,
+            logprobs, proximal, rows=rows, num_rows=num_rows, loss=grpo.loss, log_means=log_means
         )
+        trusted, figures = weights, {}
+        if stale:
+            importance = importance_weights(proximal, credited(rollout, "logprobs"), grpo.importance_cap)
+            trusted, figures = weights * importance, {"importance": weighted_sum(importance, weights)}
         loss, metrics = clipped_policy_loss(
-            ratios, credit, weights, epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high
+            ratios, credit, trusted, epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high
         )
-        kl = torch.cat([exact_kl(*tables).to(ratios.dtype) for tables in zip(policy, reference, strict=True)])
-        spread, of_tokens = entropy(policy[0]), weights[: len(rollout.actions)]
-        metrics |= {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, of_tokens)}
+        of_tokens = weights[: len(rollout.actions)]
+        figures |= metrics | {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, of_tokens)}
         loss = loss + grpo.kl * (weights * kl).sum() - self.entropy_weight * (of_tokens * spread).sum()
-        return loss, metrics, ratios.detach().max()
+        return loss, figures, torch.cat([ratios.detach(), ratios.new_zeros(1)]).max()
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The multi-task loss on natural text with the mask-bias controller, heads only (DESIGN 9)."""
+        """The multi-task loss on natural text with the mask-bias controller (DESIGN 9)."""
         tokens, mask = natural.tokens.to(self.device), natural.attention_mask.to(self.device)
         seeds, times = stratified_rows(self.config.run.seed, ANCHOR_STREAM, step, rows, len(rows) * self.world)
         seeds, times = seeds.to(self.device), times.to(self.device)
@@ -257,11 +311,12 @@ class Learner:
         return loss, metrics
 
     @torch.no_grad()
-    def _average_heads(self) -> None:
-        """Move the run's result towards the newest heads; an average of few rounds forgets faster."""
+    def _average(self) -> None:
+        """Move the run's result towards the newest policy; an average of few rounds forgets faster."""
         decay = min(self.config.grpo.ema, self.version / (self.version + 9))
-        for mean, now in zip(self.result.heads.parameters(), self.model.heads.parameters(), strict=True):
-            mean.lerp_(now, 1 - decay)
+        now = policy_state(self.model.trunk, self.model.heads)
+        for name, mean in policy_state(self.result.trunk, self.result.heads).items():
+            mean.lerp_(now[name], 1 - decay)
 
     def _sum(self, count: int) -> Tensor:
         return self.all_reduce(torch.tensor(float(count), device=self.device))

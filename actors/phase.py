@@ -45,7 +45,7 @@ def check_finite(norms: dict[str, Tensor], phase: str) -> None:
     """
     for name, norm in norms.items():
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"{phase}: the gradient of head {name} is not finite; the last checkpoint is kept")
+            raise FloatingPointError(f"{phase}: the gradient of {name} is not finite")
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from grpo.config import ModelSection, RewardSection
+from grpo.lora import HEADS, Trainable, load_policy_state, train_below_heads
 from grpo.model import GPT
 from grpo.tokenizer import Vocabulary
 
@@ -107,6 +108,8 @@ def mount(
     lm_residual: int = 0,
     device: str = "cpu",
     own_heads: bool = True,
+    trainable: Trainable = HEADS,
+    seed: int = 0,
 ) -> GPT:
     """A model whose trunk lies in the given (mapped) arrays.
 
@@ -117,6 +120,8 @@ def mount(
         heads: `model.heads.state_dict()` as arrays; a generator's lm head must be untied (own its matrix).
         device: where the model works; on another device than the CPU the trunk is copied there once.
         own_heads: copy the heads and let them train; otherwise they lie in the given arrays too.
+        trainable: what trains below the heads; a trunk that trains is a copy.
+        seed: of the adapters' first values.
     """
     with torch.device("meta"), _Undrawn():
         model = blueprint.build(mode, lm_residual=lm_residual)
@@ -129,11 +134,14 @@ def mount(
     model.heads.requires_grad_(own_heads)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on the meta device: {left}"
-    return model.to(device).eval()
+    model.to(device)
+    train_below_heads(model.trunk, trainable, seed)
+    return model.eval()
 
 
 def load_heads(model: GPT, heads: Arrays) -> None:
-    """Give a model that only infers new heads: mapped like the trunk on a CPU, copied to another device."""
+    """Give a model that only infers new heads, and what else its policy trains (`policy_state`): mapped like the trunk
+    on a CPU, copied to another device."""
     mapped = next(model.heads.parameters()).device.type == "cpu"
-    model.heads.load_state_dict(to_tensors(heads), assign=mapped)
-    model.heads.requires_grad_(False)
+    load_policy_state(model.trunk, model.heads, to_tensors(heads), assign=mapped)
+    model.requires_grad_(False)

@@ -31,6 +31,8 @@ class Generation:
     """[M, C] states that the lm head read."""
     logprobs: Tensor
     """[M] log-probabilities of the drawn tokens under temperature and nucleus, nats."""
+    entropies: Tensor
+    """[M] entropies of the distributions that they were drawn from, nats."""
     support: Tensor | None
     """[M, base vocabulary] bool, the nucleus; None at top_p 1."""
     step: int = 0
@@ -93,5 +95,6 @@ def generate(
         masked=(torch.arange(end, device=tokens.device) >= start).expand(rows, end),
         hidden=by_row([hidden for hidden, _ in actions]),
         logprobs=by_row([drawn.logprobs for _, drawn in actions]),
+        entropies=by_row([drawn.entropies for _, drawn in actions]),
         support=None if top_p == 1 else by_row([drawn.support for _, drawn in actions]),
     )

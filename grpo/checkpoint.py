@@ -11,7 +11,9 @@
    fresh. Anything else that is missing, and anything that is too much, is an error, for it is most often a typo.
 3. A tied lm head has no tensor of its own; an untied head that reads such a checkpoint starts as a copy of the token
    embedding, which is what tied means.
-4. A frozen trunk is assigned new tensors, never written into: its memory may be shared by other processes.
+4. Adapters are merged into the trunk's weights, so that a checkpoint is read as any other; a training state may hold
+   them beside it.
+5. A frozen trunk is assigned new tensors, never written into: its memory may be shared by other processes.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.config import ModelSection, RewardSection
+from grpo.lora import merged_state
 from grpo.model import GPT, MODES
 from grpo.tokenizer import Tokenizer, Vocabulary
 
@@ -74,7 +77,7 @@ def save_checkpoint(
     training: dict[str, Tensor] = {}
     description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state")}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
-    save_file(_separate(model.state_dict()), temporary / MODEL)
+    save_file(_separate(merged_state(model)), temporary / MODEL)
     save_file(_separate(training), temporary / TRAINING)
     if tokenizer is not None:
         (temporary / "tokenizer").mkdir()

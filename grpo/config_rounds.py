@@ -105,6 +105,22 @@ class GrpoSection:
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
     weight of 0 logs one without learning from it."""
+    trainable: str = "heads"
+    """What trains in the generator: `heads` over cached states of the frozen trunk; with `lora` also low-rank adapters
+    of the trunk's linear layers (arXiv:2106.09685), with `all` the trunk itself, by replaying the trajectories. The
+    reward model keeps the base's trunk."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """The adapters' product is scaled by lora_alpha / lora_rank."""
+    replay_steps: int = 0
+    """Denoising steps that an update replays, drawn at random and weighted without bias; 0: all."""
+    micro_batch: int = 0
+    """Samples per backward, of each rollout actor's; 0: all. Changes the memory, not the gradient."""
+    importance_cap: float = 2.0
+    """Largest importance weight of an action whose rollout was made by older weights."""
+    max_staleness: int = 0
+    """1: the next round is rolled out while a round trains, so rollouts are one update old; 0: they never are."""
     num_workers: int = 1
     """Ray Train workers (DDP ranks)."""
     rollout_actors: int = 2
@@ -132,13 +148,28 @@ class GrpoSection:
             "at least 2 (advantages are relative to the group)",
             self.group_size,
         )
+        check(self.max_staleness in (0, 1), "grpo.max_staleness", "0 or 1", self.max_staleness)
         check(0 <= self.ema < 1, "grpo.ema", "at least 0 and below 1", self.ema)
         one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
+        one_of("grpo.trainable", self.trainable, ("heads", "lora", "all"))
+        check(self.lora_rank >= 1, "grpo.lora_rank", "at least 1", self.lora_rank)
+        check(self.lora_alpha > 0, "grpo.lora_alpha", "positive", self.lora_alpha)
+        check(self.importance_cap > 0, "grpo.importance_cap", "positive", self.importance_cap)
+        if self.trainable == "heads" or self.loss == "gspo":
+            check(
+                self.replay_steps == 0,
+                "grpo.replay_steps",
+                "0 where grpo.trainable is heads (nothing is replayed) or grpo.loss is gspo (a sample's ratio needs "
+                "all of its steps)",
+                self.replay_steps,
+            )
         check(0 < self.epsilon_low < 1, "grpo.epsilon_low", "between 0 and 1", self.epsilon_low)
         check(self.epsilon_high > 0, "grpo.epsilon_high", "positive", self.epsilon_high)
-        for name in ("kl", "anchor", "entropy", "credit_window", "residual", "adversary"):
+        for name in (
+            "kl", "anchor", "entropy", "credit_window", "residual", "adversary", "replay_steps", "micro_batch",
+        ):
             check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
         for name, weight in self.rewards.items():
             module, _, function = name.partition(":")
@@ -248,10 +279,28 @@ class EvaluationSection:
     """Blocks of the judge."""
     judge_width: int = 96
     """Width of the judge."""
+    temperature: tuple[float, ...] = ()
+    """Temperatures that `pipelines/evaluate.py` crosses with the lists below; empty: that of `denoise`, as there."""
+    top_p: tuple[float, ...] = ()
+    """Nucleus masses."""
+    steps: tuple[int, ...] = ()
+    """Numbers of denoising steps."""
+    remasking: tuple[str, ...] = ()
+    """Re-masking policies."""
+    sampler: tuple[bool, ...] = ()
+    """Fill by the wavefront of the sampler head, or all at once."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "judge_steps", "judge_layers", "judge_width"):
             check(getattr(self, name) >= 1, f"evaluation.{name}", "at least 1", getattr(self, name))
+        for value in self.temperature:
+            check(value > 0, "evaluation.temperature", "positive numbers", value)
+        for value in self.top_p:
+            check(0 < value <= 1, "evaluation.top_p", "numbers above 0 and at most 1", value)
+        for value in self.steps:
+            check(value >= 1, "evaluation.steps", "numbers of at least 1", value)
+        for value in self.remasking:
+            one_of("evaluation.remasking", value, REMASKING_POLICIES)
 
 
 @dataclass(frozen=True, kw_only=True)

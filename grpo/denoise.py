@@ -44,6 +44,8 @@ class StepRecord:
     """[B, T] int64, the filled text."""
     logprobs: Tensor
     """[M] behaviour log-probability of each proposal, temperature and nucleus included, nats."""
+    entropies: Tensor
+    """[M] entropy of the distribution that each was drawn from, nats."""
     support: Tensor | None
     """[M, base_size] bool, the nucleus; None at top_p 1."""
     neighbors: Tensor | None
@@ -169,7 +171,8 @@ def denoise(
             on_step(
                 StepRecord(
                     step=step, inputs=tokens, masked=masked, hidden=hidden, proposals=filled,
-                    logprobs=sampled.logprobs, support=sampled.support, neighbors=neighbors, by_lm=by_lm, waves=waves,
+                    logprobs=sampled.logprobs, entropies=sampled.entropies, support=sampled.support,
+                    neighbors=neighbors, by_lm=by_lm, waves=waves,
                     eligible=eligible, remask=remask, remask_order=order,
                     scores=None if verdict is None else verdict.log_wrong,
                     judged=None if verdict is None else verdict.hidden,

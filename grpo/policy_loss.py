@@ -87,20 +87,47 @@ def action_weights(
     return 1.0 / (counts[rows] * total_rows)
 
 
-def likelihood_ratios(logprobs: Tensor, behaviour: Tensor, *, rows: Tensor, num_rows: int, loss: str) -> Tensor:
+def likelihood_ratios(
+    logprobs: Tensor,
+    behaviour: Tensor,
+    *,
+    rows: Tensor,
+    num_rows: int,
+    loss: str,
+    log_means: Tensor | None = None,
+) -> Tensor:
     """pi / pi_behaviour per action [M]; for `gspo` its geometric mean over the sample, with the action's gradient.
 
     The latter is GSPO's token form (arXiv:2507.18071, eq. 13): the value is the sequence's ratio s_i, and with equal
     advantages in a sample its gradient is that of s_i.
+
+    Args:
+        log_means: [num_rows] `mean_log_ratios` of whole samples, where not all of their actions are here.
     """
     log_ratio = logprobs - behaviour
     if loss == "gspo":
-        counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
-        sums = torch.zeros(num_rows, dtype=log_ratio.dtype, device=log_ratio.device).index_add(
-            0, rows, log_ratio.detach()
-        )
-        log_ratio = (sums / counts)[rows] + logprobs - logprobs.detach()
+        if log_means is None:
+            log_means = mean_log_ratios(log_ratio, rows, num_rows)
+        log_ratio = log_means[rows] + logprobs - logprobs.detach()
     return log_ratio.exp()
+
+
+@torch.no_grad()
+def mean_log_ratios(log_ratio: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Mean log-ratio of each sample's actions: [M] and [M] int64 -> [num_rows]; 0 for a sample without actions."""
+    counts = torch.bincount(rows, minlength=num_rows).clamp(min=1)
+    return torch.zeros(num_rows, dtype=log_ratio.dtype, device=rows.device).index_add(0, rows, log_ratio) / counts
+
+
+def importance_weights(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
+    """min(pi_proximal / pi_behaviour, cap) per action [M]: truncated weights of a rollout that older weights made
+    (decoupled as in arXiv:2505.24298, truncated as in arXiv:1802.01561).
+
+    Args:
+        proximal: [M] log-probabilities under the policy at the start of the update, around which the ratio is clipped.
+        behaviour: [M] log-probabilities under the policy that acted.
+    """
+    return (proximal - behaviour).exp().clamp(max=cap)
 
 
 def clipped_policy_loss(
@@ -125,16 +152,16 @@ def clipped_policy_loss(
     return (weights * losses).sum(), metrics
 
 
-def temperature_direction(logprobs: Tensor, log_policy: Tensor) -> Tensor:
+def temperature_direction(logprobs: Tensor, entropies: Tensor) -> Tensor:
     """d log pi(a) / d log(1 / temperature) = log pi(a) + entropy, per action: the score of the temperature knob.
 
     Args:
-        logprobs: [M] of the actions; log_policy: [M, V].
+        logprobs: [M] of the actions; entropies: [M] of the distributions that they were drawn from, nats.
 
     Returns:
         [M], zero in expectation under the policy.
     """
-    return logprobs + entropy(log_policy)
+    return logprobs + entropies
 
 
 def exact_kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:

@@ -11,6 +11,8 @@
    `confidence` and `critic`, whose weights also come from the generator's heads, in the same way.
 4. Probabilities are those that were sampled from: temperature and nucleus included. The nucleus is the behaviour
    policy's, kept with the action, so that a ratio compares two distributions over the same support.
+5. Where something below the heads trains, states do not last: the rollout keeps what the trunk read at each step
+   instead, and `grpo/replay.py` computes them again.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class Choices:
     """Of the Plackett-Luce weights, strictly between 0 and 1."""
     mask_bias: float
     """Bias on the [MASK] logit, nats, when the choice was made."""
-    hidden: Tensor
-    """[E, C] trunk states that were judged, in row-major order of `eligible`."""
+    hidden: Tensor | None
+    """[E, C] trunk states that were judged, in row-major order of `eligible`; None where they are to be replayed."""
     eligible: Tensor
     """[R, T] bool."""
     choice: Tensor
@@ -69,6 +71,8 @@ class Choices:
     """[E, 2] int64, as in `Rollout`; `confidence` alone."""
     by_lm: Tensor | None = None
     """[E] bool, as in `Rollout`; `confidence` alone."""
+    inputs: Tensor | None = None
+    """[S - 1, B, T] int64, the filled texts that `self` and `critic` judged; None with cached states."""
 
     @property
     def positions(self) -> Tensor:
@@ -95,8 +99,8 @@ class Rollout:
     """Temperature of the proposals."""
     policy_version: int
     """Version of the heads that acted."""
-    hidden: Tensor
-    """[M, C] trunk states at the actions."""
+    hidden: Tensor | None
+    """[M, C] trunk states at the actions; None where they are to be replayed."""
     actions: Tensor
     """[M] int64, proposed tokens."""
     rows: Tensor
@@ -107,13 +111,16 @@ class Rollout:
     """[M] int64, denoising step of each action."""
     logprobs: Tensor
     """[M] float32, behaviour log-probabilities, nats."""
+    entropies: Tensor
+    """[M] entropy of the distribution that each action was drawn from, nats."""
     neighbors: Tensor | None = None
     """[M, 2] int64, ids of the left and right neighbours that the sampler saw, -1 where none; None without it."""
     by_lm: Tensor | None = None
     """[M] bool, actions of a wavefront's bootstrap, drawn from the lm head; None without the sampler."""
     support: Tensor | None = None
     """[M, base vocabulary] bool, the behaviour policy's nucleus; None at top_p 1."""
-
+    inputs: Tensor | None = None
+    """[S, B, T] int64, what the trunk read at each denoising step; None with cached states."""
     choices: Choices | None = None
     """Re-mask choices that are credited beside the M actions; None where the remasker is part of the environment."""
 
@@ -128,7 +135,10 @@ def _moved(data: Data, device: torch.device | str) -> Data:
     )
 
 
-ACTION_FIELDS = ("hidden", "actions", "rows", "positions", "steps", "logprobs", "neighbors", "by_lm", "support")
+ACTION_FIELDS = (
+    "hidden", "actions", "rows", "positions", "steps", "logprobs", "entropies", "neighbors", "by_lm", "support",
+)
+"""Fields of a `Rollout` with one entry per action."""
 
 
 def credited_tokens(policy_tokens: str, remasking: str, sampler: bool) -> str:
@@ -189,6 +199,7 @@ def roll_out(
     min_neighbors_ratio: float,
     policy_version: int,
     positions: bool = False,
+    replay: bool = False,
     remasking_model: GPT | None = None,
 ) -> Rollout:
     """Continue each prompt `group_size` times and record the credited actions.
@@ -201,6 +212,7 @@ def roll_out(
         policy_tokens: `kept` or `all`.
         mask_bias: bias on the [MASK] logit, nats (policy `self`).
         positions: credit the re-mask choices too (`credits_positions`).
+        replay: keep what the trunk read instead of its states.
 
     Returns:
         A `Rollout` on the CPU.
@@ -211,6 +223,7 @@ def roll_out(
     completion[:, :prompt_tokens] = False
     mask = None if bool(attention_mask.all()) else visible
     records: list[StepRecord] = []
+    inputs = None
     if model.trunk.causal:
         record = generate(
             model,
@@ -223,6 +236,7 @@ def roll_out(
         )
         final = torch.where(visible, record.tokens, tokens)
         parts = [_actions(record, completion)]
+        inputs = final[None] if replay else None
     else:
         final = denoise(
             model,
@@ -240,15 +254,16 @@ def roll_out(
             min_neighbors_ratio=min_neighbors_ratio,
             mask_bias=mask_bias,
             remasking_model=remasking_model,
-            on_step=records.append,
+            on_step=lambda record: records.append(replace(record, hidden=None, judged=None) if replay else record),
         )
+        inputs = torch.stack([record.inputs for record in records]) if replay else None
         parts = [_actions(r, r.masked & ~r.remask if policy_tokens == "kept" else r.masked) for r in records]
     actions = {
         name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in ACTION_FIELDS
     }
     choices = None
     if positions and len(records) > 1:
-        choices = _choices(records[:-1], remasking, settings.randomness, mask_bias)  # the last step re-masks nothing
+        choices = _choices(records[:-1], remasking, settings.randomness, mask_bias, replay)  # the last re-masks nothing
     return Rollout(
         tokens=final,
         attention_mask=visible,
@@ -256,8 +271,9 @@ def roll_out(
         group_size=group_size,
         temperature=settings.temperature,
         policy_version=policy_version,
+        inputs=inputs,
         choices=choices,
-        **actions,
+        **(actions | {"hidden": None} if replay else actions),
     ).to("cpu")
 
 
@@ -273,13 +289,16 @@ def _actions(record: StepRecord, credited: Tensor) -> dict[str, Tensor | None]:
         "positions": positions,
         "steps": torch.full_like(rows, record.step),
         "logprobs": pick(record.logprobs),
+        "entropies": pick(record.entropies),
         "neighbors": pick(record.neighbors),
         "by_lm": pick(record.by_lm),
         "support": pick(record.support),
     }
 
 
-def _choices(records: list[StepRecord], policy: str, randomness: float, mask_bias: float) -> Choices:
+def _choices(
+    records: list[StepRecord], policy: str, randomness: float, mask_bias: float, replay: bool
+) -> Choices:
     """The re-mask choices of these steps, choice s x B + b being row b's at the s-th of them."""
     eligible = torch.cat([record.eligible for record in records])
     choice, actions, left = draws_left(eligible, torch.cat([record.remask_order for record in records]))
@@ -287,7 +306,7 @@ def _choices(records: list[StepRecord], policy: str, randomness: float, mask_bia
     logprobs = draw_log_probs(log_weights, choice, left).gather(-1, actions[:, None]).squeeze(-1)
     num_rows = len(records[0].inputs)
     steps = torch.tensor([record.step for record in records], device=choice.device)
-    judged: dict[str, Tensor | None] = {}
+    judged: dict[str, Tensor | None] = {"hidden": None}
     if policy == "confidence":
         for name in ("hidden", "neighbors", "by_lm"):
             parts = [getattr(r, name) for r in records]
@@ -297,6 +316,8 @@ def _choices(records: list[StepRecord], policy: str, randomness: float, mask_bia
                 else torch.cat([part[r.eligible[r.masked]] for part, r in zip(parts, records, strict=True)])
             )
         judged["tokens"] = torch.cat([r.proposals[r.eligible] for r in records])
+    elif replay:
+        judged["inputs"] = torch.stack([record.proposals for record in records])
     else:
         judged["hidden"] = torch.cat([record.judged for record in records])
     return Choices(

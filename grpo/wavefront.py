@@ -50,11 +50,13 @@ class Sampled:
     """[M] the same under neither."""
     support: Tensor | None
     """[M, base_size] bool, the nucleus; None where it is everything."""
+    entropies: Tensor | None = None
+    """[M] of the distributions drawn from, nats; None unless recorded."""
 
     def reorder(self, order: Tensor) -> Sampled:
         """The same draws in another order, [M] int64."""
-        support = None if self.support is None else self.support[order]
-        return Sampled(self.tokens[order], self.logprobs[order], self.confidences[order], support)
+        pick = lambda x: None if x is None else x[order]  # noqa: E731
+        return Sampled(*map(pick, (self.tokens, self.logprobs, self.confidences, self.support, self.entropies)))
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class WavefrontResult:
     tokens: Tensor
     """[B, T] int64 without [MASK]."""
     sampled: Sampled
-    """What was drawn at the M positions; its support only if recorded."""
+    """What was drawn at the M positions; support and entropies only if recorded."""
     neighbors: Tensor
     """[M, 2] int64, the left and right token that each proposal saw, -1 for none."""
     by_lm: Tensor
@@ -105,31 +107,36 @@ def proposal_logprobs(logits: Tensor, temperature: float, support: Tensor | None
     return logits.log_softmax(-1)
 
 
-def sample_tokens(logits: Tensor, noise: Tensor, *, temperature: float = 1.0, top_p: float = 1.0) -> Sampled:
+def sample_tokens(
+    logits: Tensor, noise: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, record: bool = False
+) -> Sampled:
     """Draw one token per row of logits by the inverse distribution function, in float64.
 
     Args:
         logits: [M, base_size], text columns only.
         noise: [M] float64 uniforms in (0, 1).
+        record: compute entropies too.
     """
     logprobs = proposal_logprobs(logits, temperature)
     support = None
     if top_p < 1:
         support = nucleus(logprobs, top_p)
         logprobs = proposal_logprobs(logits, temperature, support)
-    cumulative = logprobs.double().exp().cumsum(-1)
+    probabilities = logprobs.double().exp()
+    cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
     tokens = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
     tokens = tokens.minimum(torch.searchsorted(cumulative, total))  # the last possible token, should the noise round up
     tokens = tokens.clamp(max=logprobs.shape[-1] - 1)  # NaN logits are reported as such, not as a bad index
     chosen = logprobs.gather(-1, tokens)[:, 0]
     plain = chosen if temperature == 1 and top_p == 1 else proposal_logprobs(logits, 1.0).gather(-1, tokens)[:, 0]
-    return Sampled(tokens[:, 0], chosen, plain, support)
+    entropies = -torch.xlogy(probabilities, probabilities).sum(-1).to(chosen.dtype) if record else None
+    return Sampled(tokens[:, 0], chosen, plain, support, entropies)
 
 
-def slices(num: int, width: int) -> Iterator[slice]:
+def slices(num: int, width: int, at_once: int = _LOGITS_AT_ONCE) -> Iterator[slice]:
     """Cut num positions so that a table of `width` columns stays within a fixed memory; one empty slice for num = 0."""
-    size = max(1, _LOGITS_AT_ONCE // width)
+    size = max(1, at_once // width)
     for start in range(0, max(num, 1), size):
         yield slice(start, min(start + size, num))
 
@@ -177,7 +184,7 @@ def propose(
     top_p: float,
     record: bool,
 ) -> Sampled:
-    """Draw a token at each of M positions from `proposal_logits`, in bounded memory; the support only if recorded."""
+    """Draw a token at each of M positions from `proposal_logits`, in bounded memory; all of `Sampled` if recorded."""
     parts = []
     for part in slices(len(hidden), model.vocabulary.size):
         logits = proposal_logits(
@@ -186,14 +193,14 @@ def propose(
             None if neighbors is None else neighbors[part],
             None if by_lm is None else by_lm[part],
         )
-        parts.append(sample_tokens(logits, noise[part], temperature=temperature, top_p=top_p))
+        parts.append(sample_tokens(logits, noise[part], temperature=temperature, top_p=top_p, record=record))
     return _concatenate(parts, record)
 
 
 def _concatenate(parts: list[Sampled], record: bool) -> Sampled:
     support = torch.cat([part.support for part in parts]) if record and parts[0].support is not None else None
     columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "logprobs", "confidences")]
-    return Sampled(*columns, support)
+    return Sampled(*columns, support, torch.cat([part.entropies for part in parts]) if record else None)
 
 
 def _distances(known: Tensor, wall: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +272,7 @@ def wavefront_fill(
         step: denoising step, a counter of the noise.
         min_neighbors_ratio: share of a row without any known token, at least one position, that seeds it.
         attention_mask: [B, T] bool, False at pads, which are neither filled nor neighbours.
-        record: keep the nucleus of each draw.
+        record: keep the nucleus and the entropy of each draw.
     """
     vocabulary = model.vocabulary
     rows, columns = tokens.shape

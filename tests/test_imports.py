@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "config_model",
     "config_rounds",
+    "config_cluster",
     "config_sweep",
     "config",
     "config_file",

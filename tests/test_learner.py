@@ -346,7 +346,7 @@ def test_a_non_finite_gradient_stops_with_the_phase_and_the_head():
     world = World(CONFIG)
     rollouts, scores, share, prompts = world.roll(0)
     bad = replace(rollouts[0], hidden=rollouts[0].hidden * float("nan"))
-    with pytest.raises(FloatingPointError, match="generator phase of round 7: the gradient of head lm"):
+    with pytest.raises(FloatingPointError, match="generator phase of round 7: the gradient of lm"):
         world.learner.generator_phase(7, [bad, rollouts[1]], scores, prompts, world.prompts)
 
 

@@ -238,6 +238,6 @@ def test_the_temperature_direction_is_the_score_of_the_temperature():
     log_policy = (logits * sharpness.exp()).log_softmax(-1)
     logprobs = log_policy.gather(1, actions[:, None])[:, 0]
     expected = torch.stack([torch.autograd.grad(x, sharpness, retain_graph=True)[0] for x in logprobs])
-    torch.testing.assert_close(temperature_direction(logprobs, log_policy), expected)
-    every = torch.stack([temperature_direction(log_policy[:, v], log_policy) for v in range(6)], 1)
+    torch.testing.assert_close(temperature_direction(logprobs, entropy(log_policy)), expected)
+    every = torch.stack([temperature_direction(log_policy[:, v], entropy(log_policy)) for v in range(6)], 1)
     assert ((log_policy.exp() * every).sum(1)).abs().max() < 1e-12
