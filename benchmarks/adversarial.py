@@ -22,6 +22,7 @@ from actors.trunk_store import Blueprint, to_arrays
 from grpo.completion import complete
 from grpo.config import Config, DenoiseSection
 from grpo.data import Batch, Cursor, Dataset
+from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.trajectory import credited_tokens, credits_positions
@@ -75,6 +76,7 @@ class Adversary:
             seed=config.run.seed,
             lm_residual=grpo.residual,
             threads=threads,
+            trainable=Trainable.of(grpo),
             device=device,
         )
         self.reward = Reward(
