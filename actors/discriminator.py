@@ -66,6 +66,7 @@ class Discriminator:
     ) -> None:
         self.config, self.model, self.device = config, model, device
         self.rank, self.world, self.all_reduce = rank, world, all_reduce
+        self.num_actors = config.grpo.rollout_actors // world
         torch.manual_seed(config.run.seed)
         self.head = blueprint.build("reward").heads["reward"].to(device)
         self.average = copy.deepcopy(self.head).requires_grad_(False)
@@ -202,7 +203,9 @@ class Discriminator:
         self.buffer.clear()
         for round in sorted(int(name.partition(".")[2]) for name in texts if name.startswith("tokens.")):
             tokens, mask = texts[f"tokens.{round}"], texts[f"attention_mask.{round}"]
-            features = torch.stack([self.natural_features(Batch(t, m)) for t, m in zip(tokens, mask, strict=True)])
+            parts = zip(tokens[0].chunk(self.num_actors), mask[0].chunk(self.num_actors), strict=True)
+            generated = [self.natural_features(Batch(*part)) for part in parts]  # sizes of products decide their bits
+            features = torch.stack([torch.cat(generated), self.natural_features(Batch(tokens[1], mask[1]))])
             scored = mask[:, :, prompt:].to(self.device)
             self.buffer.append(Texts(round=round, tokens=tokens, attention_mask=mask, features=features, mask=scored))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from grpo.config_cluster import ClusterSection
 from grpo.config_model import (
     CorruptionSection,
     CriticSection,
@@ -30,6 +31,7 @@ from grpo.config_rounds import (
 from grpo.config_sweep import SweepSection
 
 __all__ = [
+    "ClusterSection",
     "Config",
     "CorruptionSection",
     "CriticSection",
@@ -67,6 +69,7 @@ class Config:
     reward: RewardSection = field(default_factory=RewardSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
     sweep: SweepSection = field(default_factory=SweepSection)
 
     def __post_init__(self) -> None:
@@ -75,6 +78,13 @@ class Config:
             "grpo.prompt_tokens",
             f"below data.block_size ({self.data.block_size})",
             self.grpo.prompt_tokens,
+        )
+        steps = 1 if self.model.attention == "causal" else self.denoise.steps
+        check(
+            self.grpo.replay_steps <= steps,
+            "grpo.replay_steps",
+            f"at most denoise.steps ({steps}; 1 for causal models)",
+            self.grpo.replay_steps,
         )
         if self.denoise.sampler:
             check(self.model.sampler, "denoise.sampler", "false unless model.sampler is true", self.denoise.sampler)

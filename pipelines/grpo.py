@@ -40,12 +40,14 @@ from grpo.checkpoint import load_checkpoint, load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
+from grpo.lora import Trainable
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.placement import check_fits, placed
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
 from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals
@@ -56,8 +58,6 @@ from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base")
 """Fields of `grpo` that change no round (but for the order of summation)."""
-GPU_SHARE_OF_ACTORS = 0.6
-"""Of each rank's GPU, the share that Ray books for its generator and reward actors; the learner has the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     import ray
 
     start_ray()
+    check_fits(config.cluster, config.grpo, ray.cluster_resources())
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
     judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
@@ -173,6 +174,18 @@ def _train_and_measure(
 
 
 @contextmanager
+def ending(actors: list[Any]) -> Iterator[None]:
+    """Kill the listed actors after the body."""
+    import ray
+
+    try:
+        yield
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+@contextmanager
 def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Job]:
     """Publish trunk and heads, start the actors, and end them with the body.
 
@@ -194,40 +207,31 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
-    share = GPU_SHARE_OF_ACTORS * grpo.num_workers / (2 * grpo.rollout_actors) if device == "cuda" else 0
-    resources = {"num_cpus": 0, "num_gpus": share, "max_restarts": 3, "max_task_retries": 3}
-    remote_generator, remote_reward = (ray.remote(**resources)(kind) for kind in (Generator, Reward))
-    generators = [
-        remote_generator.remote(
-            blueprint,
-            seal(trunk),
-            seal(heads),
-            settings=config.denoise,
-            remasking=remasking,
-            policy_tokens=credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
-            positions=credits_positions(grpo.policy_positions, remasking, config.denoise.randomness),
-            prompt_tokens=grpo.prompt_tokens,
-            group_size=grpo.group_size,
-            min_neighbors_ratio=config.sampler.min_neighbors_ratio,
-            seed=config.run.seed,
-            lm_residual=grpo.residual,
-            remasking_model=str(classifier) if remasking == "model" else "",
-            **common,
-        )
-        for _ in range(grpo.rollout_actors)
-    ]
-    rewards = [
-        remote_reward.remote(
-            blueprint,
-            seal(trunk),
-            seal(scoring),
-            functions=tuple(grpo.rewards),
-            tokenizer=open_dataset(paths.dataset).tokenizer,
-            **common,
-        )
-        for _ in range(grpo.rollout_actors)
-    ]
-    try:
+    rolling = {
+        "settings": config.denoise,
+        "remasking": remasking,
+        "policy_tokens": credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
+        "positions": credits_positions(grpo.policy_positions, remasking, config.denoise.randomness),
+        "prompt_tokens": grpo.prompt_tokens,
+        "group_size": grpo.group_size,
+        "min_neighbors_ratio": config.sampler.min_neighbors_ratio,
+        "seed": config.run.seed,
+        "lm_residual": grpo.residual,
+        "remasking_model": str(classifier) if remasking == "model" else "",
+        "trainable": Trainable.of(grpo),
+    }
+    scored = {"functions": tuple(grpo.rewards), "tokenizer": open_dataset(paths.dataset).tokenizer}
+    started: list[Any] = []
+
+    def start(kind: type, options: dict[str, Any], heads: Any, settings: dict[str, Any]) -> Any:
+        remote = ray.remote(max_restarts=3, max_task_retries=3, **options)(kind)
+        started.append(remote.remote(blueprint, seal(trunk), seal(heads), **settings, **common))
+        return started[-1]
+
+    places = placed(config.cluster, grpo, on_gpu=device == "cuda", timeout_s=config.run.timeout_s)
+    with places as pairs, ending(started):
+        generators = [start(Generator, options, heads, rolling) for options, _ in pairs]
+        rewards = [start(Reward, options, scoring, scored) for _, options in pairs]
         yield Job(
             config=config,
             dataset=paths.dataset,
@@ -242,9 +246,6 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
             board=None,
             mlflow_run=None,
         )
-    finally:
-        for actor in (*generators, *rewards):
-            ray.kill(actor)
 
 
 def _fit(job: Job, display: Display) -> list[dict[str, float]]:
@@ -263,7 +264,8 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.grpo.num_workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": 1, **({"GPU": 1 - GPU_SHARE_OF_ACTORS} if on_gpu else {})},
+            resources_per_worker=job.config.cluster.booked("learner", on_gpu=on_gpu),
+            placement_strategy=job.config.cluster.placement,
         ),
         run_config=ray.train.RunConfig(
             name=f"fit-{time.time_ns()}",
@@ -279,6 +281,8 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)
+    if "error" in result:
+        raise ValueError(f"{result['error']}; the same command goes on after round {newest_round(job.folder)}")
     if "stopped" in result:
         display.note(f"stopped after round {result['stopped']}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)

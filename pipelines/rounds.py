@@ -1,13 +1,15 @@
 """The adversarial loop in every Ray Train worker: roll out, score, generator phase, reward phase, publish.
 
 1. Rollouts and scores go by reference from generator to reward actor to this worker; the driver sees none of them.
-   While the actors work, the worker prepares the natural text's features.
+   While the actors work, the worker prepares the natural text's features; with `grpo.max_staleness: 1` it trains on
+   round r while they roll out round r + 1 with the heads of before.
 2. Rank r owns a contiguous share of the prompts and of the actors. Seeds belong to global indices, so the number of
    actors and ranks changes nothing but the order of summation.
 3. Rank 0 publishes new heads once per round; the others pick the references up.
 4. Every wait has a limit and names the phase that it waited for.
-5. A checkpoint holds heads, optimisers, controllers, replay buffer, counters and the history of metrics; a resumed run
-   continues with the round after it.
+5. A checkpoint holds heads, optimisers, controllers, replay buffer, counters, the history of metrics, and the heads of
+   a round that is under way; a resumed run continues with the round after it, and rolls that one out again.
+6. A failure that the same round would meet again is left on the board, and ends the run instead of repeating it.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.learner import Learner
-from actors.trunk_store import Blueprint
+from actors.trunk_store import Blueprint, to_arrays, to_tensors
 from grpo.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from grpo.config import Config
 from grpo.config_file import to_dict
 from grpo.data import Batch, Cursor, open_dataset
+from grpo.reward_functions import RewardFunctionError
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
 from pipelines.tracking import Tracker
@@ -78,20 +81,30 @@ def fetch(references: Any, waiting_for: str, timeout_s: float) -> Any:
 
 
 def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each rank; returns the last round's number, or {"stopped": round}."""
+    """What Ray Train runs on each rank; returns what `train` does, or {"error": reason}."""
     job: Job = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
+    timeout_s = job.config.run.timeout_s
+    if reason := fetch(job.board.failure.remote(), "the progress board", timeout_s):
+        return {"error": reason}
 
     def report(done: int, total: int, figures: dict[str, float]) -> bool:
         answer = job.board.report.remote("adversarial rounds", done, total, figures)
-        return fetch(answer, "the progress board", job.config.run.timeout_s)
+        return fetch(answer, "the progress board", timeout_s)
 
-    if ranks.rank > 0:
-        return train(job, ranks, lambda figures, step: None, report)
-    with Tracker(
-        job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=1, writer="rank0"
-    ) as tracker:
-        return train(job, ranks, tracker.log, report)
+    try:
+        if ranks.rank > 0:
+            return train(job, ranks, lambda figures, step: None, report)
+        with Tracker(
+            job.config.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=1, writer="rank0"
+        ) as tracker:
+            return train(job, ranks, tracker.log, report)
+    except (RewardFunctionError, FloatingPointError) as error:
+        reason = str(getattr(error, "cause", error))  # an actor's error carries its traceback in its text
+        fetch(job.board.fail.remote(reason), "the progress board", timeout_s)
+        if ranks.world == 1:
+            return {"error": reason}
+        raise  # the other ranks wait for this one; Ray Train starts all of them again, and they find the reason
 
 
 def newest_round(folder: Path) -> int:
@@ -128,8 +141,9 @@ class Rollouts:
         size = self.job.config.grpo.group_size
         return natural, Batch(natural.tokens[::size], natural.attention_mask[::size])
 
-    def start(self, round: int, published: Published, prompts: Batch) -> tuple[list[Any], list[Any]]:
-        """References of rollouts and of their scores, in the order of the global index."""
+    def start(self, round: int, published: Published) -> Flight:
+        """Send a round's prompts to the actors."""
+        natural, prompts = self.natural(round)
         parts = len(self.generators)
         rollouts = [
             actor.roll_out.remote(published.generator, published.version, published.mask_bias, round, *split)
@@ -145,34 +159,63 @@ class Rollouts:
             )
         ]
         scores = [
-            actor.score.remote(published.reward, published.version, rollout)
+            actor.score.remote(published.reward, published.round, rollout)
             for actor, rollout in zip(self.rewards, rollouts, strict=True)
         ]
-        return rollouts, scores
+        return Flight(published=published, natural=natural, prompts=prompts, rollouts=rollouts, scores=scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """References of the newest heads."""
+    """References of heads, as they were before a round."""
 
+    round: int
+    """Rounds done, which numbers the reward head."""
     version: int
+    """Updates of the generator, which numbers its heads."""
     generator: Any
     reward: Any
     mask_bias: float
 
+    def state(self) -> dict[str, Any]:
+        """The heads themselves, for a checkpoint."""
+        import ray
 
-def publish(learner: Learner, ranks: Ranks, version: int) -> Published:
+        heads = {name: to_tensors(ray.get(getattr(self, name))) for name in ("generator", "reward")}
+        return {"round": self.round, "version": self.version, "mask_bias": self.mask_bias, **heads}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A round whose rollouts are under way."""
+
+    published: Published
+    natural: Batch
+    """This rank's natural rows."""
+    prompts: Batch
+    rollouts: list[Any]
+    """References, in the order of the global index."""
+    scores: list[Any]
+
+
+def newest_heads(learner: Learner, round: int) -> dict[str, Any]:
+    """What rank 0 publishes, as in `Published`."""
+    return {
+        "round": round,
+        "version": learner.version,
+        "mask_bias": learner.bias,
+        "generator": learner.generator_heads(),
+        "reward": learner.discriminator.scoring_heads(),
+    }
+
+
+def publish(heads: dict[str, Any], ranks: Ranks) -> Published:
     """Rank 0 puts both heads into the object store; all ranks get the references (wrapped: bare ones would hang)."""
     import ray
 
     box = [None]
     if ranks.rank == 0:
-        new = Published(
-            version=version,
-            generator=ray.put(learner.generator_heads()),
-            reward=ray.put(learner.discriminator.scoring_heads()),
-            mask_bias=learner.bias,
-        )
+        new = Published(**{**heads, **{name: ray.put(heads[name]) for name in ("generator", "reward")}})
         box = [ray.cloudpickle.dumps(new)]
         if ranks.world == 1:
             return new
@@ -204,12 +247,14 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
         learner.mask_bias.load_state_dict(job.mask_bias)
     tokenizer = open_dataset(job.dataset).tokenizer
     source = Rollouts(job, ranks)
-    done, history = _resume(job.folder, learner, ranks)
+    done, history, behind = _resume(job.folder, learner, ranks)
     if ranks.rank == 0:
         for row in history:  # a killed process may have taken figures along; what the store has is not stored twice
             log({name: value for name, value in row.items() if name != "step"}, row["step"])
     warmup = config.warmup_rounds
-    published = publish(learner, ranks, done)
+    total = warmup + grpo.rounds
+    published = publish(newest_heads(learner, done), ranks)
+    flight = source.start(done, publish(behind, ranks)) if behind and done < total else None
     saved = done
     stop = False
 
@@ -221,6 +266,7 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
                 "history": history,
                 "learner": learner.tensors(),
                 "texts": texts,
+                "behind": flight and flight.published.state(),
                 **learner.numbers(),
             }
             save_checkpoint(
@@ -232,36 +278,40 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
             )
             prune_checkpoints(job.folder / "checkpoints", grpo.keep)
 
-    total = warmup + grpo.rounds
     while done < total and not stop:
         round, clock = done, Clock()
-        natural, prompts = source.natural(round)
-        references = source.start(round, published, prompts)
-        features = learner.discriminator.natural_features(natural)
-        rollouts = fetch(references[0], f"rollouts of round {round} from the generator actors", config.run.timeout_s)
+        now = flight or source.start(round, published)
+        features = learner.discriminator.natural_features(now.natural)
+        clock.lap("features")
+        rollouts = fetch(now.rollouts, f"rollouts of round {round} from the generator actors", config.run.timeout_s)
         clock.lap("rollout")
-        scores = fetch(references[1], f"scores of round {round} from the reward actors", config.run.timeout_s)
+        scores = fetch(now.scores, f"scores of round {round} from the reward actors", config.run.timeout_s)
         clock.lap("score")
-        metrics = learner.discriminator.remember(round, rollouts, scores, natural, features)
+        idle = clock.seconds["seconds/rollout"] + clock.seconds["seconds/score"]
+        version, flight = learner.version, None
+        if grpo.max_staleness and round + 1 < total:
+            flight = source.start(round + 1, published)
+        metrics = learner.discriminator.remember(round, rollouts, scores, now.natural, features)
         if round >= warmup:
-            metrics |= learner.generator_phase(round, rollouts, scores, prompts, source.prompts)
+            metrics |= learner.generator_phase(round, rollouts, scores, now.prompts, source.prompts)
             clock.lap("generator")
             learner.discriminator.steer(metrics.get("reward_accuracy"))
             metrics |= learner.discriminator.train(round)
         else:
             metrics |= learner.discriminator.train(round, config.reward.warmup_steps)
         clock.lap("reward")
-        published = publish(learner, ranks, round + 1)
+        published = publish(newest_heads(learner, round + 1), ranks)
         clock.lap("publish")
         done = round + 1
+        completions = _on_rank_0(torch.cat([rollout.tokens[:, grpo.prompt_tokens :] for rollout in rollouts]), ranks)
         if ranks.rank == 0:
-            prompt = grpo.prompt_tokens
-            completions = torch.cat([rollout.tokens[:, prompt:] for rollout in rollouts])
+            texts = torch.cat(completions)
             metrics |= {
-                "distinct_4": distinct_n(completions, 4),
-                "staleness": 0.0,
+                "distinct_4": distinct_n(texts, 4),
+                "staleness": float(version - rollouts[0].policy_version),
                 "policy_version": rollouts[0].policy_version,
-                "tokens_per_s": completions.numel() * ranks.world / clock.total(),
+                "tokens_per_s": texts.numel() / clock.total(),
+                "time/learner_idle": idle / clock.total(),
                 **clock.seconds,
             }
             history.append({"step": done, **metrics})
@@ -299,23 +349,36 @@ class Clock:
         return self.last - self.started
 
 
-def _resume(folder: Path, learner: Learner, ranks: Ranks) -> tuple[int, list[dict[str, float]]]:
-    """Load the newest checkpoint into the learner, if there is one; returns rounds done and the history."""
+def _resume(
+    folder: Path, learner: Learner, ranks: Ranks
+) -> tuple[int, list[dict[str, float]], dict[str, Any] | None]:
+    """Load the newest checkpoint into the learner, if there is one.
+
+    Returns:
+        Rounds done, the history, and the heads (as in `Published`) that roll out the next round if it was under way.
+    """
     newest = latest_checkpoint(folder / "checkpoints")
     if newest is None:
-        return 0, []
+        return 0, [], None
     state = load_checkpoint(newest).state
     share = {name: tensor.chunk(ranks.world, 1)[ranks.rank] for name, tensor in state["texts"].items()}
     learner.load(state["learner"], share, state)
-    return state["round"], state["history"]
+    behind = state.get("behind")
+    if behind:
+        behind = {**behind, **{name: to_arrays(behind[name]) for name in ("generator", "reward")}}
+    return state["round"], state["history"], behind
 
 
 def _whole_texts(texts: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor] | None:
     """The replay buffer of all ranks in the order of the global index, on rank 0."""
+    gathered = _on_rank_0(texts, ranks)
+    return gathered and {name: torch.cat([part[name] for part in gathered], 1) for name in texts}
+
+
+def _on_rank_0(value: Any, ranks: Ranks) -> list[Any] | None:
+    """The values of all ranks in their order, on rank 0."""
     if ranks.world == 1:
-        return texts
+        return [value]
     gathered: list[Any] | None = [None] * ranks.world if ranks.rank == 0 else None
-    dist.gather_object(texts, gathered, 0)
-    if gathered is None:
-        return None
-    return {name: torch.cat([part[name] for part in gathered], 1) for name in texts}
+    dist.gather_object(value, gathered, 0)
+    return gathered

@@ -1,0 +1,110 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.config import (
+    ClusterSection,
+    Config,
+    DataSection,
+    DenoiseSection,
+    GrpoSection,
+    ModelSection,
+    RewardSection,
+    RunSection,
+)
+from grpo.data import make_dataset, open_dataset
+from grpo.model import GPT
+from grpo.reward_functions import RewardFunctionError
+from pipelines.grpo import Paths, start_actors
+from pipelines.ranks import Ranks
+from pipelines.rounds import train
+
+pytestmark = pytest.mark.ray
+ROUNDS, WARMUP, STOP = 7, 2, 5
+WALL = ("seconds/", "time/", "tokens_per_s")
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, ray_session):
+    folder = tmp_path_factory.mktemp("rounds")
+    text = "".join(f"{number} times {number} is {number * number}. " for number in range(2000))
+    make_dataset([text], DataSection(block_size=16), folder / "data")
+    torch.manual_seed(0)
+    tokenizer = open_dataset(folder / "data").tokenizer
+    base = GPT(ModelSection(n_layer=1, n_head=2, n_embd=16), tokenizer.vocabulary, block_size=16)
+    save_checkpoint(folder / "base", base, config={}, tokenizer=tokenizer)
+    return Paths(dataset=folder / "data", base=folder / "base", judge=folder)
+
+
+def configure(**grpo):
+    settings = {"rounds": ROUNDS, "prompts": 4, "group_size": 4, "prompt_tokens": 4, "residual": 8,
+                "learning_rate": 1e-2, "rollout_actors": 2, "rewards": {"grpo.example_rewards:vowel_share": 1.0}}
+    return Config(
+        run=RunSection(threads=1, timeout_s=60), data=DataSection(block_size=16),
+        model=ModelSection(n_layer=1, n_head=2, n_embd=16), denoise=DenoiseSection(steps=2),
+        grpo=GrpoSection(**settings | grpo),
+        reward=RewardSection(hidden=8, batch_size=16, warmup_rounds=WARMUP, warmup_steps=2, min_steps=1, max_steps=2,
+                             replay_rounds=2),
+    )
+
+
+def run(config, paths, folder, stop_at=None):
+    """Train in this process with real actors; once more from the checkpoint if it stops in between."""
+    def go(job):
+        return train(job, Ranks(), lambda figures, step: None, lambda done, total, figures: done == stop_at)
+
+    with start_actors(config, paths) as job:
+        result = go(replace(job, folder=Path(folder)))
+    if stop_at:
+        assert result["stopped"] == stop_at
+        stop_at = None
+        with start_actors(config, paths) as job:
+            result = go(replace(job, folder=Path(folder)))
+    kept = [{name: value for name, value in row.items() if not name.startswith(WALL)} for row in result["history"]]
+    return kept, load_checkpoint(latest_checkpoint(Path(folder) / "checkpoints")).tensors
+
+
+@pytest.fixture(scope="module")
+def steady(paths, tmp_path_factory):
+    """Undisturbed runs by staleness."""
+    return {age: run(configure(max_staleness=age), paths, tmp_path_factory.mktemp(f"age{age}")) for age in (0, 1)}
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_a_stopped_run_goes_on_bit_for_bit_with_several_actors(steady, paths, tmp_path, age):
+    history, tensors = run(configure(max_staleness=age), paths, tmp_path, stop_at=STOP)
+    assert history == steady[age][0] and len(history) == ROUNDS + WARMUP
+    assert all(torch.equal(tensors[name], steady[age][1][name]) for name in tensors)
+
+
+def test_rollouts_are_one_update_old_where_that_is_allowed(steady):
+    ages = [row["staleness"] for row in steady[1][0]]
+    assert ages == [0] * (WARMUP + 1) + [1] * (ROUNDS - 1) and {row["staleness"] for row in steady[0][0]} == {0}
+    assert [row["policy_version"] for row in steady[1][0]][WARMUP:] == [0, *range(ROUNDS - 1)]
+    fresh, late = ([row["distinct_4"] for row in steady[age][0]] for age in (0, 1))
+    assert fresh[: WARMUP + 1] == late[: WARMUP + 1] and fresh != late
+
+
+def test_one_actor_or_two_give_the_same_figures(steady, paths, tmp_path):
+    config = configure(rollout_actors=1)
+    booked = ClusterSection(generator_cpus=0.5, reward_cpus=0.5, placement="STRICT_PACK")
+    alone, _ = run(replace(config, cluster=booked), paths, tmp_path)
+    for mine, theirs in zip(alone, steady[0][0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+def test_a_users_reward_can_do_without_an_adversary(paths, tmp_path):
+    history, tensors = run(configure(adversary=0.0, entropy=0.0), paths, tmp_path, stop_at=3)
+    assert len(history) == ROUNDS and "reward_accuracy" not in history[0]
+    assert all(row["reward"] == pytest.approx(row["rewards/grpo.example_rewards.vowel_share"]) for row in history)
+    undisturbed, same = run(configure(adversary=0.0, entropy=0.0), paths, tmp_path / "again")
+    assert undisturbed == history and all(torch.equal(tensors[name], same[name]) for name in same)
+
+
+def test_a_reward_function_that_fails_ends_the_run_with_its_name(paths, tmp_path):
+    config = configure(rewards={"statistics:fmean": 1.0})
+    with pytest.raises(RewardFunctionError, match="reward function statistics:fmean raised"):
+        run(config, paths, tmp_path)
