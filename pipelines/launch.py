@@ -69,6 +69,11 @@ def worker_threads(requested: int, num_workers: int) -> int:
     )
 
 
+def _config_file(name: str) -> Path:
+    """A config by its path; one that is not there may come with the project, wherever that is installed."""
+    return Path(name) if Path(name).exists() or not (ROOT / name).is_file() else ROOT / name
+
+
 def launch(
     main: Callable[[Any, argparse.Namespace], Any],
     description: str,
@@ -81,14 +86,14 @@ def launch(
     from grpo.config_file import load_config, to_dict
 
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
-    parser.add_argument("--config", default=None, help=f"YAML file (default: {default})")
+    parser.add_argument("--config", default=None, help=f"YAML file (default: {default}, which comes with the project)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example grpo.group_size=16")
     if arguments:
         arguments(parser)
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(args.config or ROOT / default, args.overrides)
+        config = load_config(_config_file(args.config or default), args.overrides)
         if args.print_config:
             import yaml
 

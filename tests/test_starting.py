@@ -74,6 +74,31 @@ def test_a_project_that_is_not_installed_runs_its_own_code_in_ray_workers(copied
     assert kept(tmp_path / "runs" / "here") == ["step-00000006"]  # two would be the installed project's
 
 
+@pytest.fixture(scope="module")
+def installed(copied, tmp_path_factory):
+    """The project installed into a folder of its own, without its dependencies, from an archive of what it packages."""
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copied / name)
+    folder = tmp_path_factory.mktemp("site")
+    done = start([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
+                  "--disable-pip-version-check", f"--target={folder}", str(copied)], copied)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_an_installed_project_runs_from_any_folder_with_its_own_configs(installed, tmp_path):
+    for command in ([str(installed / "bin" / "grpo-diffusion"), "grpo"], [sys.executable, "-m", "pipelines.grpo"],
+                    [sys.executable, "-m", "pipelines", "grpo"]):
+        for options in ([], ["--config", "configs/tiny.yaml"]):
+            done = start([*command, *options, "--print-config", "run.seed=7"], tmp_path, PYTHONPATH=str(installed))
+            assert (done.returncode, done.stderr) == (0, ""), command
+            config = yaml.safe_load(done.stdout)
+            assert config["run"]["seed"] == 7 and config["model"]["n_embd"] == 96  # as configs/tiny.yaml has it
+    for arguments, code, said in (([], 0, "pretrain"), (["pretain"], 2, "error: no pipeline pretain; there are ")):
+        done = start([str(installed / "bin" / "grpo-diffusion"), *arguments], tmp_path, PYTHONPATH=str(installed))
+        assert done.returncode == code and said in (done.stderr if code else done.stdout)
+
+
 def free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
@@ -149,6 +174,18 @@ def test_a_submitted_job_stops_with_a_checkpoint_and_the_next_one_goes_on(copied
     done = start([*submit, "--", *command], copied)
     assert done.returncode == 0, done.stdout + done.stderr
     assert kept(folder) == ["step-00001500"] and json.loads((folder / "summary.json").read_text())["steps"] == 1500
+
+
+@pytest.mark.ray
+def test_a_job_of_an_installed_project_needs_no_working_directory(installed, job_server, tmp_path):
+    """Its workers run the installed code too, which is marked (see `copied`)."""
+    job, address = job_server
+    environment = json.dumps({"env_vars": {"PYTHONPATH": str(installed)}})
+    command = [str(installed / "bin" / "grpo-diffusion"), "pretrain", *TINY, "run.name=installed", "pretrain.steps=6",
+               "pretrain.checkpoint_every=2", f"run.output={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}"]
+    done = start([*job, "submit", "--address", address, "--runtime-env-json", environment, "--", *command], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kept(tmp_path / "runs" / "installed") == ["step-00000006"]
 
 
 @pytest.fixture(scope="module")
