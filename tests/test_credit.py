@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from actors.credit import action_credits
+from actors.reward import Scores
+from grpo.config import GrpoSection
+from grpo.policy_loss import group_advantages
+from grpo.trajectory import Rollout
+
+N, G, T, P = 3, 4, 6, 2
+B = N * G
+ROWS = torch.arange(B).repeat_interleave(T - P)
+POSITIONS = torch.arange(P, T).repeat(B)
+WEIGHTS = torch.full((len(ROWS),), 1 / len(ROWS))
+NAME = "my_module:score"
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rollout():
+    completion = (torch.arange(T) >= P).expand(B, T)
+    nothing = torch.zeros(len(ROWS), dtype=torch.int64)
+    return Rollout(
+        tokens=torch.zeros(B, T, dtype=torch.int64), attention_mask=torch.ones(B, T, dtype=torch.bool),
+        completion_mask=completion, group_size=G, temperature=1.0, policy_version=0, hidden=torch.zeros(len(ROWS), 4),
+        actions=nothing, rows=ROWS, positions=POSITIONS, steps=nothing, logprobs=-draw(len(ROWS)).abs(),
+        entropies=draw(len(ROWS), seed=1).abs(),
+    )
+
+
+def credits(users, tokens=None, **settings):
+    scores = Scores(logits=draw(B, 2, seed=2), token_logits=draw(B, T, seed=3) if tokens is None else tokens,
+                    features=None, version=0, users=users)
+    grpo = GrpoSection(**{"rewards": {NAME: 1.0}, "credit": "token", **settings})
+    found, sums = action_credits([rollout()], [scores], [WEIGHTS], grpo=grpo, signal="log_odds",
+                                 all_reduce=lambda tensor, op="sum": tensor)
+    return found[0], sums
+
+
+@pytest.mark.parametrize("neutral", [False, True])
+def test_a_users_reward_is_normalised_by_itself_weighted_and_added_to_every_action(neutral):
+    score = draw(B, seed=4)
+    alone, _ = credits({}, rewards={}, neutral=neutral)
+    for scale in (1.0, 1000.0):
+        both, _ = credits({NAME: scale * score}, rewards={NAME: 0.5}, neutral=neutral)
+        for row in range(B):
+            group = score[row // G * G : row // G * G + G]
+            expected = 0.5 * (score[row] - group.mean()) / group.std(correction=0)
+            torch.testing.assert_close((both - alone)[ROWS == row], expected.expand(T - P), rtol=1e-4, atol=1e-5)
+    raw, _ = credits({NAME: score}, normalize=False, adversary=0.0)
+    torch.testing.assert_close(raw, (score - score.view(N, G).mean(1).repeat_interleave(G))[ROWS])
+
+
+def test_weights_scale_each_side():
+    score = draw(B, seed=4)
+    adversary, _ = credits({}, rewards={}, adversary=2.0)
+    user, _ = credits({NAME: score}, adversary=0.0, rewards={NAME: 3.0})
+    both, _ = credits({NAME: score}, adversary=2.0, rewards={NAME: 3.0})
+    torch.testing.assert_close(both, adversary + user)
+    torch.testing.assert_close(user, 3 * group_advantages(score.view(N, G)).flatten()[ROWS])
+    logged, sums = credits({NAME: score}, adversary=2.0, rewards={NAME: 0.0})
+    assert torch.equal(logged, adversary) and "rewards/my_module.score" in sums
+
+
+def test_groups_of_equal_rewards_earn_exactly_nothing_and_are_counted():
+    score = draw(B, seed=4)
+    score[:G] = 0.1
+    flat = torch.full((B, T), 0.3)
+    found, sums = credits({NAME: score}, tokens=flat)
+    assert (found[ROWS < G] == 0).all() and (found[ROWS >= G] != 0).all()
+    assert sums["zero_spread_groups"].tolist() == [1, N]
+    nothing, sums = credits({NAME: torch.ones(B)}, adversary=0.0)
+    assert (nothing == 0).all() and sums["zero_spread_groups"].tolist() == [N, N]
+
+
+def test_each_reward_is_a_figure_of_its_own():
+    score = draw(B, seed=4)
+    _, sums = credits({NAME: score}, adversary=0.0, rewards={NAME: 2.0})
+    mean = lambda name: (sums[name][0] / sums[name][1]).item()  # noqa: E731
+    assert mean("rewards/my_module.score") == pytest.approx(score.mean().item(), rel=1e-5)
+    assert mean("rewards/my_module.score_square") == pytest.approx(score.square().mean().item(), rel=1e-5)
+    assert mean("reward") == pytest.approx(2 * score.mean().item(), rel=1e-5) and "p_natural" not in sums
