@@ -1,11 +1,16 @@
 """Evaluate a generator: its bound, and its text beside natural text by measures that were never a reward.
 
     python pipelines/evaluate.py --checkpoint runs/NAME denoise.steps=8
+    python pipelines/evaluate.py --checkpoint runs/NAME --base BASE 'evaluation.temperature=[0.8,1.0,1.2]' \
+        'evaluation.steps=[4,8,16]' 'evaluation.sampler=[false,true]'
+
+    runs/NAME/summary.json   every row     runs/NAME/figures/frontier.png   quality against diversity
 
 1. Prompts and natural references are fixed windows of the validation split. The judge is trained on the `judge` split,
    and held-out n-grams come from there too; the discriminator has only ever seen `train`.
 2. Natural text is measured like generated text, against other natural text, which shows what a perfect model would get.
 3. Each measurement is a Ray task: they run side by side, and load a checkpoint as any user would.
+4. The lists of the section `evaluation` are crossed; each model is measured at every combination.
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ if __name__ == "__main__":  # `python pipelines/evaluate.py` puts pipelines/ fir
 
 # ruff: noqa: E402
 import argparse
+import itertools
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -29,17 +36,23 @@ from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete
-from grpo.config import Config
+from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
-from grpo.data import open_dataset, windows
+from grpo.config_model import check
+from grpo.data import open_dataset, window_places, windows
+from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
+from pipelines.figures import frontier_figure
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
+from pipelines.tracking import Tracker, tracking_uri
 
 VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
+SWEPT = ("temperature", "top_p", "steps", "remasking", "sampler")
+"""Keys of `evaluation` that are lists of values of the same keys of `denoise`."""
 SAMPLES_SHOWN = 8
 ENTROPY_TOLERANCE = 0.003
 """Relative; at the base's slope over temperatures, 0.02 nats of judge NLL."""
@@ -48,7 +61,7 @@ ENTROPY_TOLERANCE = 0.003
 def fit_judge(config: Config, dataset: Path) -> Path:
     """Train the judge, once per data and shape, into `run.cache`; returns its checkpoint. Runs as a Ray task."""
     wanted = judge_config(config)
-    decides = config_hash(dataset.name, wanted.model, wanted.evaluation, wanted.pretrain, config.run.seed)
+    decides = config_hash(dataset.name, wanted.model, wanted.pretrain, config.run.seed)
     folder = Path(config.run.cache).expanduser().absolute() / f"judge-{decides}"
     try:
         verify_checkpoint(folder)
@@ -67,8 +80,10 @@ class Setting:
         block = config.data.block_size
         self.start = config.grpo.prompt_tokens
         self.natural = windows(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
+        self.places = window_places(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         other = windows(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)
         self.other, self.held_out = other.tokens[:num], other.tokens[num:, self.start :]
+        self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
         self.judge = load_model(judge).eval()
         self.mask_bias = config.mask_bias.initial
         self.remasking_model = None
@@ -92,7 +107,8 @@ class Setting:
             remasking_model=self.remasking_model,
         )
 
-    def report(self, texts: Tensor, beside: Tensor) -> dict[str, Any]:
+    def report(self, texts: Tensor, beside: Tensor, places: Tensor) -> dict[str, Any]:
+        """Figures of `texts`, told apart from `beside`; places of texts in the corpus as `c2st` wants them."""
         mask = None if bool(self.natural.attention_mask.all()) else self.natural.attention_mask
         return quality_report(
             beside,
@@ -100,6 +116,7 @@ class Setting:
             start=self.start,
             held_out=self.held_out,
             mask=mask,
+            places=places,
             judge=lambda tokens: judge_nll(self.judge, tokens, self.start, mask),
         )
 
@@ -107,16 +124,24 @@ class Setting:
 def measure_natural(config: Config, dataset: Path, judge: Path) -> dict[str, Any]:
     """The row of natural text: the true continuations, told apart from other natural text."""
     setting = Setting(config, dataset, judge, None)
-    return setting.report(setting.natural.tokens, setting.other)
+    places = torch.stack([setting.other_places, setting.places])
+    return setting.report(setting.natural.tokens, setting.other, places)
 
 
 def measure(
-    config: Config, dataset: Path, judge: Path, checkpoint: Path, match_entropy: float | None = None
+    config: Config,
+    dataset: Path,
+    judge: Path,
+    checkpoint: Path,
+    match_entropy: float | None = None,
+    *,
+    bound: bool = True,
 ) -> dict[str, Any]:
     """The row of a generator, at `denoise.temperature` or at the temperature that gives a token entropy.
 
     Returns:
-        Figures, the temperature, and the first `SAMPLES_SHOWN` prompts and completions as text.
+        Figures, the temperature, tokens per second, and the first `SAMPLES_SHOWN` prompts and completions as text;
+        with `bound` also the NELBO, which is the model's and not the setting's.
     """
     setting = Setting(config, dataset, judge, checkpoint)
     temperature = config.denoise.temperature
@@ -124,38 +149,83 @@ def measure(
         temperature, *_ = temperature_matching_entropy(
             lambda t: setting.texts(t)[:, setting.start :], match_entropy, tolerance=ENTROPY_TOLERANCE
         )
+    started = time.perf_counter()
     texts = setting.texts(temperature)
+    tokens_per_s = texts[:, setting.start :].numel() / (time.perf_counter() - started)
     decode = setting.data.tokenizer.decode
     samples = [
         [decode(row[: setting.start].tolist()), decode(row[setting.start :].tolist())] for row in texts[:SAMPLES_SHOWN]
     ]
-    bound = validation_bound(
-        setting.model,
-        windows(
-            setting.data,
-            "validation",
-            min(config.pretrain.eval_rows, len(texts)),
-            config.data.block_size,
-            VALIDATION_WINDOWS_SEED,
-        ),
-        setting.data.bytes_per_token("validation"),
-    )
-    return {
-        **setting.report(texts, setting.natural.tokens),
+    row = {
+        **setting.report(texts, setting.natural.tokens, setting.places),
         "temperature": temperature,
+        "tokens_per_s": tokens_per_s,
         "samples": samples,
-        "nelbo_bpb": bound["val_bpb"],
     }
+    return row | _bound(setting) if bound else row
+
+
+def _bound(setting: Setting) -> dict[str, float]:
+    """NELBO of the model, nats per token and bits per byte."""
+    config = setting.config
+    num = min(config.pretrain.eval_rows, config.evaluation.samples)
+    rows = windows(setting.data, "validation", num, config.data.block_size, VALIDATION_WINDOWS_SEED)
+    figures = validation_bound(setting.model, rows, setting.data.bytes_per_token("validation"))
+    return {"nelbo_bpb": figures["val_bpb"]}
+
+
+def grid(config: Config) -> list[DenoiseSection]:
+    """The denoising settings that the lists of `evaluation` span."""
+    wavefront = any(config.evaluation.sampler)
+    check(config.model.sampler or not wavefront, "evaluation.sampler", "false unless model.sampler is true", wavefront)
+    lists = [getattr(config.evaluation, key) or (getattr(config.denoise, key),) for key in SWEPT]
+    return [replace(config.denoise, **dict(zip(SWEPT, values, strict=True))) for values in itertools.product(*lists)]
+
+
+def forwards(settings: DenoiseSection, policy: str) -> int:
+    """Trunk passes over a text; a policy that reads the filled text takes a second one in all steps but the last."""
+    return settings.steps if policy in FRESH_ONLY else 2 * settings.steps - 1
 
 
 def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Print rows of measurements."""
-    columns = ["temperature", *SHOWN]
+    columns = ["temperature", *SHOWN, "self_bleu", "tokens_per_s"]
     summary_table(
         title,
         [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
-        ["text", "temperature", "judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS"],
+        ["text", "temperature", "judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS", "self-BLEU", "tokens/s"],
     )
+
+
+def measure_grid(
+    config: Config, dataset: Path, judge: Path, checkpoints: dict[str, Path], display: Display
+) -> list[dict[str, Any]]:
+    """A row for each model at each setting; models alternate, and a model's first row holds its bound."""
+    import ray
+
+    settings = grid(config)
+    remote = ray.remote(measure)
+    tasks = {}
+    for index, denoise in enumerate(settings):
+        for name, checkpoint in checkpoints.items():
+            at = replace(config, denoise=denoise)
+            tasks[remote.remote(at, dataset, judge, checkpoint, bound=not index)] = (name, denoise)
+    waiting, done = list(tasks), {}
+    while waiting:
+        display.phase("settings measured", len(done), len(tasks))
+        ready, waiting = ray.wait(waiting)
+        done |= {task: ray.get(task) for task in ready}
+    display.phase("settings measured", len(done), len(tasks))
+    models = {name: load_model(checkpoint) for name, checkpoint in checkpoints.items()}
+    rows = []
+    for task, (name, denoise) in tasks.items():
+        causal = models[name].trunk.causal
+        classifier = models[name] if denoise.remasking == "model" else None
+        policy = "none" if causal else resolve_policy(denoise.remasking, models[name], classifier)
+        what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
+        length = config.data.block_size - config.grpo.prompt_tokens
+        rows.append({"model": name, **what, "nfe": length if causal else forwards(denoise, policy), **done[task]})
+    return rows
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
@@ -163,29 +233,46 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
     from pipelines.sample import find_checkpoint, resolve_config
 
-    checkpoint = find_checkpoint(args.checkpoint)
-    config = resolve_config(load_checkpoint(checkpoint), config, args)
-    folder = Path(config.run.output).absolute() / (args.name or f"evaluate-{config_hash(str(checkpoint), config)}")
+    checkpoints = {"model": find_checkpoint(args.checkpoint)}
+    config = resolve_config(load_checkpoint(checkpoints["model"]), config, args)
+    if args.base:
+        checkpoints["base"] = find_checkpoint(args.base)
+    name = args.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
+    folder = Path(config.run.output).absolute() / name
     folder.mkdir(parents=True, exist_ok=True)
-    with Display() as display:
+    config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
+    with Display() as display, Tracker(config.tracking, folder, name, config=to_dict(config)) as tracker:
         dataset = prepare(config.data, config.run.cache)
         start_ray()
         display.note("training or loading the judge")
         judge = ray.get(ray.remote(fit_judge).remote(config, dataset))
-        tasks = {
-            "natural": ray.remote(measure_natural).remote(config, dataset, judge),
-            "generated": ray.remote(measure).remote(config, dataset, judge, checkpoint),
-        }
-        rows = {name: ray.get(task) for name, task in tasks.items()}
-    save_config(config, folder / "config.yaml")
-    write_json(folder / "summary.json", {"checkpoint": str(checkpoint), **rows})
-    quality_table(str(checkpoint), rows)
-    print(f"summary  {folder / 'summary.json'}")
-    return rows
+        natural = ray.remote(measure_natural).remote(config, dataset, judge)
+        rows = measure_grid(config, dataset, judge, checkpoints, display)
+        natural = ray.get(natural)
+        save_config(config, folder / "config.yaml")
+        bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
+        summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "nelbo_bpb": bounds,
+                   "natural": natural, "rows": rows}
+        write_json(folder / "summary.json", summary)
+        tracker.figure("frontier", frontier_figure(rows, natural))
+        tracker.artifact(folder / "summary.json")
+        for step, row in enumerate(rows):
+            tracker.log({f"{row['model']}/{key}": row[key] for key in (*SHOWN, "self_bleu", "tokens_per_s")}, step)
+    title = "  ".join([str(checkpoints["model"]), *(f"{key} {bits:.3f} bits/byte" for key, bits in bounds.items())])
+    quality_table(title, {"natural": natural} | {_label(row): row for row in rows})
+    print(f"figure   {folder / 'figures' / 'frontier.png'}\nsummary  {folder / 'summary.json'}")
+    return summary
+
+
+def _label(row: dict[str, Any]) -> str:
+    words = [row["model"], f"{row['steps']} steps", row["remasking"], *(["sampler"] if row["sampler"] else [])]
+    words += [f"top_p {row['top_p']}"] if row["top_p"] < 1 else []
+    return f"{' '.join(words)} @ {row['temperature']:g}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder")
+    parser.add_argument("--base", default="", help="another checkpoint to measure beside it, such as its base")
     parser.add_argument("--name", default="", help="folder below run.output for summary.json; default: named by a hash")
 
 

@@ -62,6 +62,39 @@ def grpo_figure(history: Mapping[str, Series], *, targets: Mapping[str, Sequence
     return figure
 
 
+def frontier_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, float]) -> Figure:
+    """Quality against diversity: judge NLL over token entropy, a line per model and kind of sampling, by temperature.
+
+    Args:
+        rows: `model`, `steps`, `remasking`, `sampler`, `top_p`, `temperature`, `judge_nll`, `entropy` of each setting.
+        natural: `judge_nll` and `entropy` of natural text.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    kinds = {name: len({row[name] for row in rows}) > 1 for name in ("remasking", "sampler", "top_p")}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    steps = sorted({row["steps"] for row in rows})
+    lines: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row["steps"], *(row[name] for name in kinds)), []).append(row)
+    for (model, number, *_), line in lines.items():
+        line = sorted(line, key=lambda row: row["temperature"])
+        extras = [f"{name} {line[0][name]}" for name, varies in kinds.items() if varies]
+        axis.plot(
+            [row["entropy"] for row in line], [row["judge_nll"] for row in line], marker="o", markersize=4,
+            linestyle=("-", "--", ":", "-.")[models.index(model) % 4], color=f"C{steps.index(number) % 10}",
+            label=", ".join([model, f"{number} steps", *extras]),
+        )
+    axis.plot([natural["entropy"]], [natural["judge_nll"]], marker="*", markersize=14, color="k", linestyle="none",
+              label="natural text")
+    axis.set_xlabel("token entropy, nats (diversity)")
+    axis.set_ylabel("judge NLL, nats per token (lower is better)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
 def _phases(axis: Any, history: Mapping[str, Series]) -> None:
     """Stacked seconds by phase; a phase that a round did without took no time."""
     timed = {name.removeprefix(SECONDS): dict(zip(*values, strict=True))

@@ -1,4 +1,4 @@
-from pipelines.figures import PANELS, grpo_figure, series
+from pipelines.figures import PANELS, frontier_figure, grpo_figure, series
 
 
 def rounds(num=20):
@@ -39,3 +39,16 @@ def test_missing_series_are_said_to_be_missing(tmp_path):
     silent = {title for title, axis in titles(figure).items() if any(t.get_text() == "not logged" for t in axis.texts)}
     assert silent == {*PANELS.values()} - {PANELS["kl"]}
     grpo_figure({}).savefig(tmp_path / "empty.png")
+
+
+def test_the_frontier_draws_a_line_per_model_and_steps_in_order_of_temperature():
+    common = {"remasking": "random", "sampler": False, "top_p": 1.0}
+    rows = [{"model": model, "steps": steps, "temperature": heat, "entropy": 2 + heat, "judge_nll": steps + heat}
+            | common for model in ("base", "final") for steps in (4, 8) for heat in (1.0, 0.5)]
+    (axis,) = frontier_figure(rows, {"entropy": 2.5, "judge_nll": 1.0}).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert lines["final, 8 steps"] == [[2.5, 8.5], [3.0, 9.0]] and lines["natural text"] == [[2.5, 1.0]]
+    assert len(lines) == 5
+    rows[0] |= {"sampler": True}
+    labels = {line.get_label() for line in frontier_figure(rows, {"entropy": 2.5, "judge_nll": 1.0}).axes[0].lines}
+    assert {"base, 4 steps, sampler True", "base, 4 steps, sampler False"} < labels

@@ -1,0 +1,82 @@
+import argparse
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from benchmarks.adversarial import train_base
+from grpo.checkpoint import save_checkpoint
+from grpo.config import Config
+from grpo.config_file import load_config, to_dict
+from grpo.data import make_dataset
+from grpo.denoise import denoise
+from grpo.model import GPT
+from grpo.noise import row_seeds
+from grpo.remasking import POLICIES
+from grpo.tokenizer import build_tokenizer
+from pipelines.evaluate import SHOWN, forwards, grid, main
+
+torch.set_num_threads(1)
+TINY = ["data.block_size=32", "grpo.prompt_tokens=8", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
+        "pretrain.batch_size=8", "pretrain.eval_rows=8", "pretrain.steps=2", "evaluation.samples=24",
+        "evaluation.judge_steps=2", "evaluation.judge_layers=1", "evaluation.judge_width=16", "run.threads=1"]
+
+
+def settings(*overrides):
+    return load_config("configs/tiny.yaml", [*TINY, *overrides])
+
+
+def test_the_grid_crosses_the_lists_and_keeps_what_is_not_listed():
+    lists = ["evaluation.temperature=[0.8,1.2]", "evaluation.steps=[4,8,16]", "evaluation.sampler=[false,true]"]
+    config = settings(*lists, "denoise.top_p=0.9")
+    found = [(each.temperature, each.steps, each.sampler) for each in grid(config)]
+    assert found == list(product((0.8, 1.2), (4, 8, 16), (False, True)))
+    assert {(each.top_p, each.remasking) for each in grid(config)} == {(0.9, "random")}
+    assert grid(settings()) == [settings().denoise]
+
+
+def test_a_grid_with_the_sampler_needs_its_head():
+    with pytest.raises(ValueError, match="evaluation.sampler must be false unless model.sampler is true, got True"):
+        grid(settings("evaluation.sampler=[true]", "model.sampler=false"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_forwards_are_those_that_denoising_takes(policy):
+    config = Config()
+    vocabulary = build_tokenizer("bytes").vocabulary
+    torch.manual_seed(0)
+    shape = replace(config.model, n_layer=1, n_head=2, n_embd=16)
+    model = GPT(shape, vocabulary, block_size=16).eval()
+    classifier = GPT(shape, vocabulary, mode="token_classifier", block_size=16).eval()
+    passes = []
+    for each in (model, classifier):
+        each.trunk.register_forward_hook(lambda *_: passes.append(1))
+    tokens = torch.full((3, 16), vocabulary.mask_id)
+    denoise(model, tokens, seeds=row_seeds(0, 1, 0, torch.arange(3)), steps=5, remasking=policy,
+            remasking_model=classifier if policy == "model" else None)
+    assert len(passes) == forwards(replace(config.denoise, steps=5), policy)
+
+
+@pytest.mark.ray
+def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_session, tmp_path):
+    config = settings(f"run.cache={tmp_path / 'cache'}", f"run.output={tmp_path / 'runs'}")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{n} green bottles hanging on the wall, {n * n} in all." for n in range(400)))
+    config = replace(config, data=replace(config.data, source=str(text)))
+    dataset = make_dataset(text.read_text().split("\n\n"), config.data, tmp_path / "data")
+    for name in ("model", "base"):
+        save_checkpoint(tmp_path / name, train_base(config, dataset)[0], config=to_dict(config),
+                        tokenizer=dataset.tokenizer)
+    args = argparse.Namespace(checkpoint=str(tmp_path / "model"), base=str(tmp_path / "base"), name="here", config=None,
+                              overrides=["evaluation.temperature=[0.02,1.0]", "evaluation.steps=[1,2]"])
+    main(config, args)
+    summary = json.loads((tmp_path / "runs" / "here" / "summary.json").read_text())
+    rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
+    assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))
+    assert set(summary["nelbo_bpb"]) == {"model", "base"}
+    for key in (*SHOWN, "self_bleu", "c2st_ci95"):
+        assert rows["model", 0.02, 2][key] == rows["base", 0.02, 2][key] and key in summary["natural"]
+    assert rows["model", 0.02, 2]["entropy"] < rows["model", 1.0, 2]["entropy"]
+    assert (tmp_path / "runs" / "here" / "figures" / "frontier.png").stat().st_size > 10_000
