@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -33,6 +34,8 @@ from grpo.config import TrackingSection
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
 MAX_PARAM_CHARS = 500  # what every MLflow server of the last years takes
 BATCH = 1000  # metrics per request, MLflow's limit
+MODEL_NEEDS = ["torch", "numpy", "pyarrow", "tiktoken", "omegaconf", "safetensors"]
+ROOT = Path(__file__).resolve().parent.parent
 _ENVIRONMENT = {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
                 "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
                 "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
@@ -159,6 +162,10 @@ class Tracker:
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file or folder, as it is when its turn comes."""
         self._add({"do": "artifact", "path": str(Path(path).resolve()), "folder": folder})
+
+    def model(self, checkpoint: str | Path) -> None:
+        """Log a generator's checkpoint as the model `model`, a `TextGenerator` for `mlflow.pytorch.load_model`."""
+        self._add({"do": "model", "path": str(Path(checkpoint).resolve())})
 
     def table(self, name: str, rows: Sequence[Sequence[Any]], columns: Sequence[str]) -> None:
         """Keep a table as `tables/<name>.json` in the run's folder and in MLflow, which shows it as a table."""
@@ -349,6 +356,10 @@ class Tracker:
                 client.log_artifact(self._run_id, str(path), record["folder"] or None)
             else:
                 self._warn(f"tracking: {path} is gone and was not uploaded")
+        elif do == "model":
+            with tempfile.TemporaryDirectory() as folder:
+                save_model(record["path"], Path(folder) / "model")
+                client.log_artifacts(self._run_id, folder)
         elif do == "table":
             known = json.loads(client.get_run(self._run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
             entry = {"path": record["name"], "type": "table"}
@@ -372,6 +383,17 @@ class Tracker:
             except OSError:
                 return
             self._written += len(waiting)
+
+
+def save_model(checkpoint: str | Path, folder: Path) -> None:
+    """Write a generator in MLflow's format, with the code that it needs: pickled as it is, because what an exported
+    graph gives back cannot sample."""
+    import mlflow.pytorch
+
+    from grpo.text_generator import TextGenerator
+
+    mlflow.pytorch.save_model(TextGenerator(checkpoint), folder, serialization_format="pickle",
+                              code_paths=[str(ROOT / "grpo")], pip_requirements=MODEL_NEEDS)
 
 
 def _unsent(path: Path, start_step: int) -> list[dict[str, Any]]:

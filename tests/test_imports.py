@@ -34,6 +34,7 @@ ORDER = [
     "denoise",
     "autoregress",
     "completion",
+    "text_generator",
     "multitask",
     "trajectory",
     "policy_loss",
