@@ -24,6 +24,7 @@ from pipelines.rounds import train
 
 pytestmark = pytest.mark.ray
 ROUNDS, WARMUP, STOP = 7, 2, 5
+VOWELS = "rewards/grpo.example_rewards.vowel_share"
 WALL = ("seconds/", "time/", "tokens_per_s")
 
 
@@ -84,7 +85,7 @@ def test_rollouts_are_one_update_old_where_that_is_allowed(steady):
     ages = [row["staleness"] for row in steady[1][0]]
     assert ages == [0] * (WARMUP + 1) + [1] * (ROUNDS - 1) and {row["staleness"] for row in steady[0][0]} == {0}
     assert [row["policy_version"] for row in steady[1][0]][WARMUP:] == [0, *range(ROUNDS - 1)]
-    fresh, late = ([row["distinct_4"] for row in steady[age][0]] for age in (0, 1))
+    fresh, late = ([row[VOWELS] for row in steady[age][0]] for age in (0, 1))
     assert fresh[: WARMUP + 1] == late[: WARMUP + 1] and fresh != late
 
 
@@ -99,7 +100,7 @@ def test_one_actor_or_two_give_the_same_figures(steady, paths, tmp_path):
 def test_a_users_reward_can_do_without_an_adversary(paths, tmp_path):
     history, tensors = run(configure(adversary=0.0, entropy=0.0), paths, tmp_path, stop_at=3)
     assert len(history) == ROUNDS and "reward_accuracy" not in history[0]
-    assert all(row["reward"] == pytest.approx(row["rewards/grpo.example_rewards.vowel_share"]) for row in history)
+    assert all(row["reward"] == pytest.approx(row[VOWELS]) for row in history)
     undisturbed, same = run(configure(adversary=0.0, entropy=0.0), paths, tmp_path / "again")
     assert undisturbed == history and all(torch.equal(tensors[name], same[name]) for name in same)
 
