@@ -134,3 +134,15 @@ def test_a_run_whose_driver_is_killed_ends_as_the_undisturbed_one(config, steady
     assert expected.keys() == found.keys() and all(found[name].equal(expected[name]) for name in expected)
     for row in ROWS:
         assert {k: summary[row][k] for k in FIGURES} == {k: undisturbed[row][k] for k in FIGURES}
+
+
+@pytest.mark.parametrize("rewards, message", [
+    ('{"nowhere:score": 1}', "got 'nowhere:score': no module nowhere in the current folder or PYTHONPATH"),
+    ('{"nowhere": 1}', "grpo.rewards must be keyed by module:function, got 'nowhere'"),
+])
+def test_a_reward_that_nobody_has_is_said_before_anything_starts(tmp_path, rewards, message):
+    command = [sys.executable, str(ROOT / "pipelines/grpo.py"), f"grpo.rewards={rewards}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert not (tmp_path / "runs").exists()
