@@ -40,7 +40,8 @@ def make_model(base=V, *, causal=False, block_size=T, dtype=torch.float64):
     return model
 
 
-def rolled(model, rows, *, remasking="random", positions=False, policy_tokens="all", length=T, prompt=0, **settings):
+def rolled(model, rows, *, remasking="random", positions=False, policy_tokens="all", length=T, prompt=0, replay=False,
+           **settings):
     """One sample for each seed in `rows`, of prompts of zeros."""
     prompts = torch.zeros(len(rows), length, dtype=torch.int64)
     return roll_out(
@@ -54,6 +55,7 @@ def rolled(model, rows, *, remasking="random", positions=False, policy_tokens="a
         remasking=remasking,
         policy_tokens=policy_tokens,
         positions=positions,
+        replay=replay,
         mask_bias=BIAS,
         min_neighbors_ratio=0.01,
         policy_version=0,
