@@ -50,7 +50,7 @@ from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.placement import check_fits, placed
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
-from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals
+from pipelines.progress import Display, follow, start_board, stop_on_signals
 from pipelines.ranks import beside_main_thread
 from pipelines.rounds import Job, newest_round, worker_loop
 from pipelines.sample import find_checkpoint
@@ -255,7 +255,7 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     from ray.train.torch import TorchTrainer
 
     total = job.config.grpo.rounds + job.config.warmup_rounds
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    board = start_board()
     scratch, on_gpu = job.folder / "ray-train", bool(ray.cluster_resources().get("GPU"))
     display.phase("adversarial rounds", newest_round(job.folder), total)
     trainer = TorchTrainer(

@@ -39,7 +39,7 @@ from grpo.data import Dataset, open_dataset, windows
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, worker_loop
-from pipelines.progress import Display, ProgressBoard, follow, stop_on_signals, summary_table
+from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
 from pipelines.ranks import Ranks, beside_main_thread
 from pipelines.tracking import Tracker, tracking_uri
 
@@ -117,7 +117,7 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     kind = "GPU" if resources.get("GPU") else "CPU"
     if num_workers > resources.get(kind, 0):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {resources.get(kind, 0):g} {kind}s")
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    board = start_board()
     scratch = job.folder / "ray-train"
     trainer = TorchTrainer(
         worker_loop, train_loop_config={"job": replace(job, board=board)},

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -77,6 +78,15 @@ class ProgressBoard:
     def failure(self) -> str:
         """What `fail` was told, else nothing."""
         return self._failure
+
+
+def start_board() -> Any:
+    """A board as an actor on the driver's own node, so that it outlives every other one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()
 
 
 class Display:
