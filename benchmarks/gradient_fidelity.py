@@ -1,0 +1,140 @@
+"""How close do estimates of a diffusion policy's gradient come to the exact one, for how many trunk passes?
+
+A trained generator writes groups of texts in S denoising steps (random re-masking, temperature 1). Their reward is the
+mean log-probability of their character pairs in held-out text, their advantages are GRPO's. Each estimator of
+benchmarks/estimators.py then gives the gradient of the policy loss over all of the generator's parameters, on the same
+texts, against the exact one, which replays every step. Over R draws of a random estimator's noise:
+
+    cosine     mean cosine with the exact gradient g
+    bias       |mean - g| / |g|, the draws' own variance taken off
+    variance   mean squared distance from the mean, over |g|^2
+    passes     trunk passes (forward and backward) of one estimate
+    seconds    of one estimate, on this machine
+
+1. An estimate may have another scale than g without harm (an optimiser's learning rate absorbs it): read the cosine
+   first. `best_scaled` is the bias that is left at the best scale, for those without noise sqrt(1 - cosine^2).
+2. `cached` is the exact gradient from states that the rollout kept. It exists for heads over a frozen trunk alone, and is
+   compared with the exact gradient of these.
+
+Run: python benchmarks/gradient_fidelity.py [--quick] [--seeds N] [--steps S]. The last line is one JSON object: `rows`
+(estimator, cosine, bias, variance, passes, seconds) and `cheapest`, the estimator of fewest passes with cosine >= 0.99.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from benchmarks.estimators import EXACT, Batch, Estimator, estimators, gradient
+from benchmarks.models import configure, dataset_of, generator, load_generator, parse, print_table, summarise
+from grpo.data import Dataset, windows
+from grpo.model import GPT
+from grpo.noise import row_seeds
+from grpo.policy_loss import group_advantages
+from grpo.trajectory import Rollout, roll_out, trajectory_logprobs
+
+FULL = ("model.n_layer=4", "model.n_embd=128", "pretrain.steps=500", "pretrain.batch_size=32")
+BARE = ("model.critic=false", "model.sampler=false")
+NEEDED = 0.99
+
+
+def pair_logprobs(dataset: Dataset, length: int) -> Tensor:
+    """[V, V] log P(next token | token) in held-out text, add-one smoothed."""
+    tokens = windows(dataset, "judge", 2048, length, 1).tokens
+    size = dataset.vocabulary.size
+    pairs = torch.bincount((tokens[:, :-1] * size + tokens[:, 1:]).flatten(), minlength=size * size).view(size, size)
+    return (pairs + 1.0).log() - (pairs + 1.0).sum(1, keepdim=True).log()
+
+
+def rolled_out(model: GPT, config, dataset: Dataset, *, prompts: int, steps: int, seed: int, replay: bool) -> Rollout:
+    natural = windows(dataset, "train", prompts, config.data.block_size, seed)
+    return roll_out(
+        model, natural.tokens, natural.attention_mask, prompt_tokens=config.grpo.prompt_tokens,
+        group_size=config.grpo.group_size, seeds=row_seeds(seed, 0, 0, torch.arange(prompts * config.grpo.group_size)),
+        settings=replace(config.denoise, steps=steps), remasking="random", policy_tokens="kept", mask_bias=0.0,
+        min_neighbors_ratio=0.01, policy_version=0, replay=replay,
+    )
+
+
+def compare(estimator: Estimator, model: GPT, batch: Batch, exact: Tensor, draws: int) -> dict[str, float]:
+    """One row of the table."""
+    cosines, seconds, total, squares, passes = [], [], torch.zeros_like(exact), 0.0, 0
+    draws = draws if estimator.random else 1
+    for seed in range(draws):
+        started = time.perf_counter()
+        found, passes = gradient(estimator, model, batch, seed)
+        seconds.append(time.perf_counter() - started)
+        cosines.append(torch.nn.functional.cosine_similarity(found, exact, dim=0).item())
+        total += found
+        squares += found.square().sum().item()
+    mean, norm = total / draws, exact.square().sum().item()
+    variance = max(0.0, (squares - draws * mean.square().sum().item()) / max(1, draws - 1))
+    bias = max(0.0, (mean - exact).square().sum().item() - variance / draws)
+    return {
+        "cosine": statistics.fmean(cosines), "bias": (bias / norm) ** 0.5, "variance": variance / norm,
+        "passes": float(passes), "seconds": statistics.median(seconds),
+    }
+
+
+def cached_row(model: GPT, rollout: Rollout, advantages: Tensor, replayed: Batch) -> dict[str, float]:
+    """The exact gradient of the heads from cached states, against its replay."""
+    model.trunk.requires_grad_(False)
+    exact, _ = gradient(EXACT, model, replayed)
+    started = time.perf_counter()
+    model.zero_grad(set_to_none=True)
+    (-(advantages[rollout.rows] * trajectory_logprobs(model, rollout)).sum() / len(advantages)).backward()
+    seconds = time.perf_counter() - started
+    found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.heads.parameters()])
+    model.trunk.requires_grad_(True)
+    return {
+        "cosine": torch.nn.functional.cosine_similarity(found, exact, dim=0).item(),
+        "bias": ((found - exact).norm() / exact.norm()).item(), "variance": 0.0, "passes": 0.0, "seconds": seconds,
+    }
+
+
+def measure(config, *, prompts: int, steps: int, draws: int, seed: int) -> dict[str, dict[str, float]]:
+    """A row of figures per estimator."""
+    dataset = dataset_of(config)
+    model, _ = load_generator(generator(config, dataset))
+    model.untie()
+    rewards = pair_logprobs(dataset, config.data.block_size)
+    options = {"prompts": prompts, "steps": steps, "seed": 1000 + seed}
+    replayed = rolled_out(model, config, dataset, replay=True, **options)
+    texts = replayed.tokens[:, config.grpo.prompt_tokens - 1 :]
+    earned = rewards[texts[:, :-1], texts[:, 1:]].mean(1)
+    batch = Batch(replayed, group_advantages(earned.view(prompts, -1)).flatten())
+    exact, _ = gradient(EXACT, model, batch)
+    rows = {each.name: compare(each, model, batch, exact, draws) for each in estimators(steps)}
+    cached = rolled_out(model, config, dataset, replay=False, **options)
+    return rows | {"cached (heads)": cached_row(model, cached, batch.advantages, batch)}
+
+
+def cheapest(rows: list[dict[str, object]]) -> str:
+    """Of the estimators of the whole gradient."""
+    close = [row for row in rows if row["cosine"] >= NEEDED and row["passes"]]
+    return min(close, key=lambda row: row["passes"])["estimator"]
+
+
+def main() -> None:
+    args = parse(__doc__, lambda parser: parser.add_argument("--steps", type=int, default=0, help="S (16; quick: 8)"))
+    steps, sizes = args.steps or (8 if args.quick else 16), BARE if args.quick else (*FULL, *BARE)
+    scale = {"prompts": 2, "draws": 4} if args.quick else {"prompts": 4, "draws": 8}
+    runs = [measure(configure(args, seed, *sizes), steps=steps, seed=seed, **scale) for seed in range(args.seeds)]
+    print_table(f"S = {steps}", {name: [run[name] for run in runs] for name in runs[0]})
+    rows = [{"estimator": name, **summarise([run[name] for run in runs])} for name in runs[0]]
+    best = cheapest(rows)
+    print(f"\nfewest trunk passes with cosine >= {NEEDED}: {best}")
+    print(json.dumps({"rows": rows, "cheapest": best, "steps": steps}))
+
+
+if __name__ == "__main__":
+    main()
