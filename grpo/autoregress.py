@@ -2,6 +2,7 @@
 
 1. Tokens are drawn like the denoiser's proposals (`wavefront.propose`): temperature, nucleus, and the inverse of a
    float64 distribution function over base tokens alone, with noise that depends on the row's seed and the position.
+   A prompt that is continued several times is read once.
 2. The state recorded for an action is the one that predicts it, that of the token before.
 """
 
@@ -57,11 +58,12 @@ def generate(
     """Continue texts.
 
     Args:
-        tokens: [B, P] int64, prompts of one length, at least one token.
+        tokens: [N, P] int64, prompts of one length, at least one token.
         num_new: tokens to add to each.
         temperature: divides the logits.
         top_p: nucleus mass (arXiv:1904.09751).
-        seeds: [B] int64, one per row: a row's text does not depend on its batch mates.
+        seeds: [B] int64, one per text, B = N x G: text n x G + g continues prompt n. A text does not depend on its
+            batch mates.
         record: return a `Generation` with the actions' states and log-probabilities.
 
     Returns:
@@ -72,16 +74,19 @@ def generate(
     """
     if not model.trunk.causal:
         raise ValueError("model.attention must be causal to generate token by token; use denoise for bidirectional")
-    rows, start = tokens.shape
+    rows, start, copies = len(seeds), tokens.shape[1], len(seeds) // len(tokens)
     if start < 1 or num_new < 1:
         raise ValueError(f"generation needs at least one prompt token and one new token, got {start} and {num_new}")
     end = start + num_new
     noise = uniforms(seeds[:, None], 0, PROPOSE, torch.arange(start, end, device=tokens.device))
-    texts = torch.cat((tokens, tokens.new_empty(rows, num_new)), dim=1)
     cache = KVCache(end - 1)
+    hidden = model.trunk(tokens, cache=cache)[:, -1].repeat_interleave(copies, 0)
+    cache.repeat(copies)
+    texts = torch.cat((tokens.repeat_interleave(copies, 0), tokens.new_empty(rows, num_new)), dim=1)
     actions = []
     for position in range(start, end):
-        hidden = model.trunk(texts[:, cache.length : position], cache=cache)[:, -1]
+        if position > start:
+            hidden = model.trunk(texts[:, position - 1 : position], cache=cache)[:, -1]
         drawn = propose(model, hidden, noise[:, position - start], temperature=temperature, top_p=top_p, record=record)
         texts[:, position] = drawn.tokens
         if record:

@@ -49,6 +49,11 @@ class KVCache:
         stored_keys, stored_values = self.blocks[block]
         return stored_keys[:, :, :end], stored_values[:, :, :end]
 
+    def repeat(self, copies: int) -> None:
+        """Continue every row this many times: row b becomes rows b x copies to (b + 1) x copies - 1."""
+        if copies > 1:
+            self.blocks = [tuple(store.repeat_interleave(copies, 0) for store in block) for block in self.blocks]
+
 
 @functools.lru_cache(maxsize=64)
 def _rotations(length: int, half: int, device: torch.device) -> Tensor:

@@ -227,7 +227,7 @@ def roll_out(
     if model.trunk.causal:
         record = generate(
             model,
-            tokens[:, :prompt_tokens],
+            prompts[:, :prompt_tokens],
             num_new=tokens.shape[1] - prompt_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,

@@ -128,3 +128,13 @@ def test_wrong_use_is_explained():
         generate(bidirectional, prompts(), num_new=1, seeds=SEEDS)
     with pytest.raises(ValueError, match="at least one prompt token"):
         generate(make(), prompts()[:, :0], num_new=1, seeds=SEEDS)
+
+
+@torch.no_grad()
+def test_a_group_equals_its_prompt_continued_row_by_row():
+    model, seeds = make(), torch.arange(200, 200 + 2 * B)
+    group = generate(model, prompts(), num_new=NEW, seeds=seeds, record=True)
+    alone = generate(model, prompts().repeat_interleave(2, 0), num_new=NEW, seeds=seeds, record=True)
+    assert torch.equal(group.tokens, alone.tokens)
+    torch.testing.assert_close(group.hidden, alone.hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(group.logprobs, alone.logprobs, rtol=1e-6, atol=1e-6)
