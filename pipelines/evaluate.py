@@ -42,7 +42,7 @@ from grpo.config_model import check
 from grpo.data import open_dataset, window_places, windows
 from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
-from pipelines.figures import frontier_figure
+from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
@@ -255,6 +255,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                    "natural": natural, "rows": rows}
         write_json(folder / "summary.json", summary)
         tracker.figure("frontier", frontier_figure(rows, natural))
+        tracker.figure("nfe", nfe_figure(rows, natural))
         tracker.artifact(folder / "summary.json")
         for step, row in enumerate(rows):
             tracker.log({f"{row['model']}/{key}": row[key] for key in (*SHOWN, "self_bleu", "tokens_per_s")}, step)

@@ -1,7 +1,8 @@
 """Figures of a run, from series by metric name; drawn without a display.
 
-1. Small multiples share the round axis and never a second y axis: reward beside discriminator accuracy, KL beside
-   entropy, the mask bias beside p(MASK), seconds by phase as stacked areas. Dashed lines are what a controller aims at.
+1. Small multiples share the axis of rounds or steps and never a second y axis: reward beside discriminator accuracy,
+   KL beside entropy, the mask bias beside p(MASK), losses by task, seconds by phase as stacked areas. Dashed lines are
+   what a controller aims at.
 2. A metric that a run did not log leaves its line out; a panel without any line says so.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -25,7 +27,23 @@ PANELS = {
     "mask_bias": "mask bias",
     "p_mask_unmask": "p(MASK) at masked positions",
 }
-"""Metric and title of each panel, in reading order."""
+"""Metric and title of each panel of a GRPO run, in reading order."""
+PRETRAIN_PANELS = {
+    "p_mask_unmask": "p(MASK) at masked positions",
+    "mask_bias": "mask bias",
+    "val_nelbo_nats": "bound on validation text, nats per token",
+    "critic_auroc": "critic's AUROC on its own samples",
+}
+"""The same of pretraining."""
+LOSSES = {
+    "loss_unmask": "unmask",
+    "loss_remask": "re-mask",
+    "loss_keep": "keep",
+    "loss_next": "next token",
+    "loss_critic": "critic",
+    "loss_sampler": "sampler",
+}
+"""Losses by task, on natural text; nats, before their weights."""
 SECONDS = "seconds/"
 """Prefix of the metrics that say how long each phase of a round took."""
 
@@ -44,21 +62,56 @@ def grpo_figure(history: Mapping[str, Series], *, targets: Mapping[str, Sequence
         history: steps and values by metric name; those not in `PANELS` and not `seconds/...` are ignored.
         targets: dashed levels by metric name, such as the accuracy's band and the target of p(MASK).
     """
-    figure = Figure(figsize=(10, 9), layout="constrained")
+    figure, grid, first = _panels(history, PANELS, targets or {}, rows=5)
+    _losses(figure.add_subplot(grid[3, :], sharex=first), history)
+    phases = figure.add_subplot(grid[4, :], sharex=first)
+    _phases(phases, history)
+    phases.set_xlabel("round")
+    return figure
+
+
+def pretrain_figure(history: Mapping[str, Series], *, target: float) -> Figure:
+    """A pretraining at a glance: p(MASK) against its target beside the bias, the bound, the critic, losses by task.
+
+    Args:
+        history: steps and values by metric name; others than those shown are ignored.
+        target: of p(MASK).
+    """
+    figure, grid, first = _panels(history, PRETRAIN_PANELS, {"p_mask_unmask": (target,)}, rows=3)
+    losses = figure.add_subplot(grid[2, :], sharex=first)
+    _losses(losses, history)
+    losses.set_xlabel("step")
+    return figure
+
+
+def nfe_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, float]) -> Figure:
+    """Quality against cost: judge NLL at natural text's token entropy over forwards per text, by model and kind.
+
+    The entropy is met by interpolating between temperatures; settings whose temperatures do not enclose it are left
+    out.
+
+    Args:
+        rows: as for `frontier_figure`, with `nfe`.
+        natural: `judge_nll` and `entropy` of natural text.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(4, 2)
-    first = None
-    for index, (name, title) in enumerate(PANELS.items()):
-        axis = figure.add_subplot(grid[index // 2, index % 2], sharex=first)
-        first = first or axis
-        logged = name in history and len(history[name][0]) > 0
-        if logged:
-            axis.plot(*history[name], linewidth=1.5)
-        for level in (targets or {}).get(name, ()):
-            axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
-        _finish(axis, title, logged)
-        axis.tick_params(labelbottom=False)
-    _phases(figure.add_subplot(grid[3, :], sharex=first), history)
+    axis = figure.add_subplot()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for (model, nfe, *kind), line in _lines(rows, "nfe").items():
+        pairs = sorted((row["entropy"], row["judge_nll"]) for row in line)
+        if pairs[0][0] <= natural["entropy"] <= pairs[-1][0]:
+            quality = float(np.interp(natural["entropy"], *zip(*pairs, strict=True)))
+            lines.setdefault(", ".join([model, *kind]), []).append((nfe, quality))
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+    axis.axhline(natural["judge_nll"], color="0.4", linestyle="--", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("trunk forwards per text")
+    axis.set_ylabel("judge NLL at natural text's entropy, nats per token")
+    axis.grid(alpha=0.25)
+    if lines:
+        axis.legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -72,15 +125,10 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, flo
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()
-    kinds = {name: len({row[name] for row in rows}) > 1 for name in ("remasking", "sampler", "top_p")}
     models = list(dict.fromkeys(row["model"] for row in rows))
     steps = sorted({row["steps"] for row in rows})
-    lines: dict[tuple, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault((row["model"], row["steps"], *(row[name] for name in kinds)), []).append(row)
-    for (model, number, *_), line in lines.items():
+    for (model, number, *extras), line in _lines(rows, "steps").items():
         line = sorted(line, key=lambda row: row["temperature"])
-        extras = [f"{name} {line[0][name]}" for name, varies in kinds.items() if varies]
         axis.plot(
             [row["entropy"] for row in line], [row["judge_nll"] for row in line], marker="o", markersize=4,
             linestyle=("-", "--", ":", "-.")[models.index(model) % 4], color=f"C{steps.index(number) % 10}",
@@ -95,6 +143,45 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, flo
     return figure
 
 
+def _lines(rows: Sequence[Mapping[str, Any]], cost: str) -> dict[tuple, list[Mapping[str, Any]]]:
+    """Rows by model, cost and kind of sampling, of which what never varies is not named."""
+    kinds = [name for name in ("remasking", "sampler", "top_p") if len({row[name] for row in rows}) > 1]
+    lines: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row[cost], *(f"{name} {row[name]}" for name in kinds)), []).append(row)
+    return lines
+
+
+def _panels(
+    history: Mapping[str, Series], panels: Mapping[str, str], targets: Mapping[str, Sequence[float]], *, rows: int
+) -> tuple[Figure, Any, Any]:
+    """Two panels to a row, on a grid of `rows`; returns figure, grid and the axis whose x all share."""
+    figure = Figure(figsize=(10, 2.25 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid, first = figure.add_gridspec(rows, 2), None
+    for index, (name, title) in enumerate(panels.items()):
+        axis = figure.add_subplot(grid[index // 2, index % 2], sharex=first)
+        first = first or axis
+        logged = name in history and len(history[name][0]) > 0
+        if logged:
+            axis.plot(*history[name], linewidth=1.5, marker="." if len(history[name][0]) < 3 else None)
+        for level in targets.get(name, ()):
+            axis.axhline(level, color="0.4", linestyle="--", linewidth=1)
+        _finish(axis, title, logged)
+        axis.tick_params(labelbottom=False)
+    return figure, grid, first
+
+
+def _losses(axis: Any, history: Mapping[str, Series]) -> None:
+    logged = [name for name in LOSSES if name in history]
+    for name in logged:
+        axis.plot(*history[name], linewidth=1.5, label=LOSSES[name])
+    if logged:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    _finish(axis, "losses by task, nats", bool(logged))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def _phases(axis: Any, history: Mapping[str, Series]) -> None:
     """Stacked seconds by phase; a phase that a round did without took no time."""
     timed = {name.removeprefix(SECONDS): dict(zip(*values, strict=True))
@@ -105,7 +192,6 @@ def _phases(axis: Any, history: Mapping[str, Series]) -> None:
         axis.stackplot(steps, seconds, labels=list(timed))
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     _finish(axis, "seconds by phase", bool(steps))
-    axis.set_xlabel("round")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -1,4 +1,6 @@
-from pipelines.figures import PANELS, frontier_figure, grpo_figure, series
+import pytest
+
+from pipelines.figures import LOSSES, PANELS, frontier_figure, grpo_figure, nfe_figure, pretrain_figure, series
 
 
 def rounds(num=20):
@@ -21,7 +23,7 @@ def test_series_follow_each_metric_over_the_rounds_that_have_it():
 def test_every_panel_draws_the_metric_it_is_named_for(tmp_path):
     figure = grpo_figure(series(rounds()), targets={"reward_accuracy": (0.6, 0.8), "p_mask_unmask": (0.5,)})
     axes = titles(figure)
-    assert set(axes) == {*PANELS.values(), "seconds by phase"}
+    assert set(axes) == {*PANELS.values(), "losses by task, nats", "seconds by phase"}
     assert list(axes[PANELS["kl"]].lines[0].get_ydata())[9] == 2.1
     assert [line.get_ydata()[0] for line in axes[PANELS["reward_accuracy"]].lines[1:]] == [0.6, 0.8]
     figure.savefig(tmp_path / "run.png")
@@ -37,7 +39,7 @@ def test_a_phase_that_a_round_did_without_takes_no_time():
 def test_missing_series_are_said_to_be_missing(tmp_path):
     figure = grpo_figure({"kl": ([0, 1], [0.0, 0.1]), "seconds/a": ([0, 1], [1, 1])})
     silent = {title for title, axis in titles(figure).items() if any(t.get_text() == "not logged" for t in axis.texts)}
-    assert silent == {*PANELS.values()} - {PANELS["kl"]}
+    assert silent == {*PANELS.values(), "losses by task, nats"} - {PANELS["kl"]}
     grpo_figure({}).savefig(tmp_path / "empty.png")
 
 
@@ -52,3 +54,23 @@ def test_the_frontier_draws_a_line_per_model_and_steps_in_order_of_temperature()
     rows[0] |= {"sampler": True}
     labels = {line.get_label() for line in frontier_figure(rows, {"entropy": 2.5, "judge_nll": 1.0}).axes[0].lines}
     assert {"base, 4 steps, sampler True", "base, 4 steps, sampler False"} < labels
+
+
+def test_losses_by_task_are_lines_of_one_panel(tmp_path):
+    rows = [{"step": step, "loss_unmask": 2.0 / step, "loss_critic": 0.5, "p_mask_unmask": 0.1 * step}
+            for step in (1, 2, 3)]
+    for figure in (grpo_figure(series(rows)), pretrain_figure(series(rows), target=0.4)):
+        lines = {line.get_label(): list(line.get_ydata()) for line in titles(figure)["losses by task, nats"].lines}
+        assert lines == {LOSSES["loss_unmask"]: [2.0, 1.0, 2 / 3], LOSSES["loss_critic"]: [0.5] * 3}
+    axis = titles(figure)["p(MASK) at masked positions"]
+    assert axis.lines[0].get_ydata().tolist() == pytest.approx([0.1, 0.2, 0.3]) and axis.lines[1].get_ydata()[0] == 0.4
+    figure.savefig(tmp_path / "pretrain.png")
+
+
+def test_quality_against_cost_is_read_at_the_entropy_of_natural_text(tmp_path):
+    rows = [{"model": "base", "steps": nfe, "nfe": nfe, "temperature": heat, "entropy": 1 + heat, "remasking": "random",
+             "sampler": False, "top_p": 1.0, "judge_nll": 10 / nfe + heat} for nfe in (8, 2, 4) for heat in (1.0, 0.5)]
+    rows += [{**rows[0], "nfe": 16, "entropy": 3.0}]  # no temperature below the entropy wanted
+    (axis,) = nfe_figure(rows, {"entropy": 1.75, "judge_nll": 1.0}).axes
+    assert axis.lines[0].get_xydata().tolist() == [[2, 5.75], [4, 3.25], [8, 2.0]] and len(axis.lines) == 2
+    nfe_figure([], {"entropy": 1.75, "judge_nll": 1.0}).savefig(tmp_path / "none.png")
