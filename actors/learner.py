@@ -30,7 +30,15 @@ from grpo.lora import Trainable, load_policy_state, policy_state, trainable_modu
 from grpo.mask_bias import MaskBias
 from grpo.metrics import weighted_sum
 from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
-from grpo.optim import Parts, clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
+from grpo.optim import (
+    Parts,
+    clip_parts,
+    flat_state,
+    load_flat_state,
+    make_optimizer,
+    set_learning_rate,
+    trainable_parts,
+)
 from grpo.policy_loss import (
     action_weights,
     clipped_policy_loss,
@@ -81,7 +89,8 @@ class Learner:
         self.generator_phase_module = wrap(Phase(modules))
         self.optimizer = make_optimizer(self.parts, learning_rate=config.grpo.learning_rate)
         self.mask_bias = MaskBias(config.mask_bias, device)
-        self.entropy_target: float | None = None
+        self.first_entropy: float | None = None
+        self.back_offs = 0
         self.entropy_integral = self.entropy_weight = 0.0
         self.version = 0
 
@@ -169,15 +178,18 @@ class Learner:
         self.version += 1
         self._average()
         metrics = self._means(sums)
+        self.first_entropy = self.first_entropy or metrics["entropy"]
+        if metrics["entropy"] < grpo.entropy_floor * self.first_entropy:
+            self._back_off()
         if grpo.entropy:
-            self.entropy_target = self.entropy_target or grpo.entropy * metrics["entropy"]
             self.entropy_integral, self.entropy_weight = entropy_coefficient(
-                self.entropy_integral, metrics["entropy"], self.entropy_target
+                self.entropy_integral, metrics["entropy"], grpo.entropy * self.first_entropy
             )
         return metrics | {
             "entropy_weight": self.entropy_weight,
             "ratio_max": float(self.all_reduce(ratio_max, "max")),
-            "learning_rate": grpo.learning_rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "back_offs": self.back_offs,
             "mask_bias": self.bias,
             **{f"grad_norm_{name}": float(norm) for name, norm in norms.items()},
         }
@@ -197,7 +209,8 @@ class Learner:
             "version": self.version,
             "num_reward_steps": self.discriminator.num_steps,
             "mask_bias": self.mask_bias.state_dict(),
-            "entropy": [self.entropy_target, self.entropy_integral, self.entropy_weight],
+            "entropy": [self.first_entropy, self.entropy_integral, self.entropy_weight],
+            "back_offs": self.back_offs,
         }
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -207,8 +220,14 @@ class Learner:
         load_flat_state(self.optimizer, with_prefix(tensors, "optimizer."))
         self.version = numbers["version"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
-        self.entropy_target, self.entropy_integral, self.entropy_weight = numbers["entropy"]
+        self.first_entropy, self.entropy_integral, self.entropy_weight = numbers["entropy"]
+        self.back_offs = numbers["back_offs"]
+        set_learning_rate(self.optimizer, self._learning_rate)
         self.discriminator.load(with_prefix(tensors, "discriminator."), texts, numbers["num_reward_steps"])
+
+    @property
+    def _learning_rate(self) -> float:
+        return self.config.grpo.learning_rate / 2**self.back_offs
 
     # ---- parts of the phases --------------------------------------------------------------------------------------
 
@@ -317,6 +336,12 @@ class Learner:
         now = policy_state(self.model.trunk, self.model.heads)
         for name, mean in policy_state(self.result.trunk, self.result.heads).items():
             mean.lerp_(now[name], 1 - decay)
+
+    def _back_off(self) -> None:
+        """Leave a collapsed policy: take the averaged one, forget the optimiser's moments, learn half as fast."""
+        self.back_offs += 1
+        load_policy_state(self.model.trunk, self.model.heads, policy_state(self.result.trunk, self.result.heads))
+        self.optimizer = make_optimizer(self.parts, learning_rate=self._learning_rate)
 
     def _sum(self, count: int) -> Tensor:
         return self.all_reduce(torch.tensor(float(count), device=self.device))

@@ -90,6 +90,9 @@ class GrpoSection:
     entropy: float = 1.0
     """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control. Without it
     the cheapest way to please a discriminator is a lower temperature."""
+    entropy_floor: float = 0.5
+    """Collapse: where the policy's entropy falls below this share of the first round's, it goes back to the averaged
+    policy and its learning rate is halved; 0: never."""
     policy_tokens: str = "auto"
     """Proposals that are credited: `all`, `kept`, or `auto` (kept where discarded ones change nothing that is kept)."""
     policy_positions: bool = False
@@ -150,6 +153,7 @@ class GrpoSection:
         )
         check(self.max_staleness in (0, 1), "grpo.max_staleness", "0 or 1", self.max_staleness)
         check(0 <= self.ema < 1, "grpo.ema", "at least 0 and below 1", self.ema)
+        check(0 <= self.entropy_floor < 1, "grpo.entropy_floor", "at least 0 and below 1", self.entropy_floor)
         one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))

@@ -293,7 +293,14 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
             flight = source.start(round + 1, published)
         metrics = learner.discriminator.remember(round, rollouts, scores, now.natural, features)
         if round >= warmup:
+            earlier = learner.back_offs
             metrics |= learner.generator_phase(round, rollouts, scores, now.prompts, source.prompts)
+            if learner.back_offs > earlier and ranks.rank == 0 and job.board:
+                job.board.note.remote(
+                    f"round {round + 1}: the policy's entropy fell to {metrics['entropy']:.2f} nats, below "
+                    f"grpo.entropy_floor ({grpo.entropy_floor} of {learner.first_entropy:.2f}): back to the averaged "
+                    f"policy, at half the learning rate"
+                )
             clock.lap("generator")
             learner.discriminator.steer(metrics.get("reward_accuracy"))
             metrics |= learner.discriminator.train(round)

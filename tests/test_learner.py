@@ -430,3 +430,31 @@ def test_the_policy_climbs_a_known_reward(config, credit):
         shares.append(torch.cat([r.tokens[:, P:] == 7 for r in rollouts]).float().mean().item())
         world.learner.generator_phase(round, rollouts, scores, prompts, world.prompts)
     assert sum(shares[:3]) / 3 < 0.2 and sum(shares[-3:]) / 3 > 0.5, shares
+
+
+# ---- collapse --------------------------------------------------------------------------------------------------------
+
+
+def test_a_collapsed_policy_goes_back_to_the_average_and_learns_half_as_fast():
+    world = World(grpo_with(num_iterations=1, entropy_floor=0.5))
+    learner = world.learner
+    assert world.round(0)["back_offs"] == 0
+    with torch.no_grad():  # a policy that is sure of everything
+        learner.model.heads["lm"].weight.mul_(100)
+    metrics = world.round(1)
+    assert metrics["entropy"] < 0.5 * learner.first_entropy and metrics["back_offs"] == 1
+    policy, result = learner.model.heads.state_dict(), learner.result.heads.state_dict()
+    assert all(torch.equal(policy[name], result[name]) for name in policy)
+    assert metrics["learning_rate"] == world.config.grpo.learning_rate / 2
+    assert not learner.optimizer.state
+    again = World(world.config)
+    again.learner.load(world.state(), learner.discriminator.texts(), learner.numbers())
+    assert again.learner.optimizer.param_groups[0]["lr"] == world.config.grpo.learning_rate / 2
+
+
+def test_without_a_floor_a_collapsed_policy_goes_on():
+    world = World(grpo_with(num_iterations=1, entropy_floor=0.0))
+    world.round(0)
+    with torch.no_grad():
+        world.learner.model.heads["lm"].weight.mul_(100)
+    assert world.round(1)["back_offs"] == 0
