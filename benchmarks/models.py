@@ -1,6 +1,8 @@
 """Data, models and measures that the quality benchmarks share; what takes long is trained once and kept.
 
-1. A model's folder under `--cache` is named by the hash of everything that decides its weights, data included.
+1. A model's folder under `--cache` is named by the hash of everything that decides its weights, data included; so are
+   the figures of long benchmarks (`remembered`), which go on where they were stopped. Code is not in the hash: after a
+   change of the mathematics take another `--cache`.
 2. Training is `Pretrainer`, `Judge` and `TokenClassifier`, called in this process without Ray.
 3. `--quick` has a narrower model, fewer steps and fewer texts, and the same code.
 """
@@ -8,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -25,16 +28,16 @@ from torch import Tensor
 
 from actors.classifier import Teacher, TokenClassifier
 from actors.judge import Judge, judge_config
-from benchmarks.adversarial import fit, generate, train_base
+from benchmarks.adversarial import Adversary, fit, generate, train_base
 from benchmarks.wavefront_speed import T_95
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
 from grpo.config import Config
 from grpo.config_file import config_hash, load_config, to_dict
 from grpo.corruption import mask_only
-from grpo.data import Batch, Dataset, make_dataset, open_dataset, windows
+from grpo.data import Batch, Dataset, make_dataset, open_dataset, window_places, windows
 from grpo.model import GPT
 from grpo.sources import read_documents, source_digests
-from grpo.text_quality import distinct_n, judge_nll, ngram_js, temperature_matching_entropy, token_entropy
+from grpo.text_quality import c2st, distinct_n, judge_nll, ngram_js, temperature_matching_entropy, token_entropy
 
 TINY = Path(__file__).resolve().parent.parent / "configs" / "tiny.yaml"
 FULL = ["pretrain.steps=1000", "sampler.start=300", "critic.start=400", "critic.end=500"]
@@ -145,6 +148,35 @@ def _decides(config: Config) -> tuple:
             config.pretrain)
 
 
+def adversarial(config: Config, dataset: Dataset, base: Path) -> Path:
+    """Checkpoint of what the adversarial rounds make of a base."""
+
+    def train(folder: Path) -> None:
+        model, bias = load_generator(base)
+        adversary = Adversary(config, dataset, model)
+        save_checkpoint(folder, adversary.run(), config=to_dict(config), tokenizer=dataset.tokenizer,
+                        state={"mask_bias": adversary.learner.mask_bias.state_dict()})
+
+    return _trained("adversarial", config, dataset, train, base.name, *rounds_follow_from(config))
+
+
+def rounds_follow_from(config: Config) -> tuple:
+    """What adversarial rounds are a function of, beside their base, data and seed."""
+    return (config.denoise, config.grpo, config.reward, config.corruption, config.loss, config.mask_bias)
+
+
+def remembered(config: Config, compute: Callable[[], dict], kind: str, *decides: object) -> dict:
+    """Figures that are computed once and kept as JSON under `--cache`, under the hash of what decides them."""
+    path = Path(config.run.cache).expanduser().absolute() / kind / f"{config_hash(config.run.seed, *decides)}.json"
+    if not path.exists():
+        figures = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(figures))
+        partial.rename(path)
+    return json.loads(path.read_text())
+
+
 def _trained(kind: str, config: Config, dataset: Dataset, train: Callable[[Path], None], *decides: object) -> Path:
     name = f"{kind}-{config_hash(dataset.folder.name, config.run.seed, *decides)}"
     folder = Path(config.run.cache).expanduser().absolute() / name
@@ -160,7 +192,9 @@ class Texts:
 
     def __init__(self, config: Config, dataset: Dataset, num: int) -> None:
         self.config, self.start = config, config.grpo.prompt_tokens
-        self.natural: Batch = windows(dataset, "validation", num, config.data.block_size, 1)
+        which = ("validation", num, config.data.block_size, 1)
+        self.natural: Batch = windows(dataset, *which)
+        self.places = window_places(dataset, *which)
         self.reference = windows(dataset, "judge", 2 * num, config.data.block_size, 1).tokens
         self.judge = judge(config, dataset)
 
@@ -178,6 +212,10 @@ class Texts:
         texts = tokens[:, self.start :]
         return {"judge_nll": judge_nll(self.judge, tokens, self.start), "entropy": token_entropy(texts),
                 "distinct_4": distinct_n(texts, 4), "ngram_js": ngram_js(texts, self.reference[:, self.start :], 3)}
+
+    def told_apart(self, tokens: Tensor) -> float:
+        """Accuracy of a fresh classifier on completions in [B, T] against the natural ones."""
+        return c2st(self.natural.tokens[:, self.start :], tokens[:, self.start :], places=self.places)[0]
 
     def at_entropy(self, write: Callable[[float], Tensor], entropy: float) -> dict[str, float]:
         """The same at the temperature where completions have this token entropy.

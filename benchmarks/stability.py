@@ -1,0 +1,119 @@
+"""Do the adversarial rounds survive, seed after seed, and what keeps them alive?
+
+    python benchmarks/stability.py [--quick] [--seeds N] [--ablations N] [--rounds N] [--data FILE]
+
+The tiny configuration for many more rounds than it asks for. Every 50 rounds the run's result writes completions of
+held-out prompts. A seed survives if, whenever it is measured, its token entropy and its distinct-4 are at least 95 % of
+natural text's. The share of rounds is counted in which the discriminator's accuracy on texts that it has not trained on
+lies within `reward.band_low` .. `reward.band_high`.
+
+Variants leave out the accuracy band (as many reward steps in every round), the replay buffer, the KL penalty, the
+anchor, or what holds the entropy; `--ablations` says with how many seeds. Each seed of each variant is kept in the
+cache, so that a run that was stopped goes on and one with more seeds adds to what is there.
+
+The last line is a JSON object: `survived` and `in_band` (shares), `entropy_kept` (least entropy over natural text's,
+mean over seeds), each with `_ci95` over seeds, and `rows`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.models import (
+    Texts,
+    configure,
+    dataset_of,
+    generator,
+    load_generator,
+    parse,
+    print_table,
+    remembered,
+    rounds_follow_from,
+    summarise,
+)
+
+# isort: split
+from benchmarks.adversarial import Adversary
+from grpo.config import Config
+from grpo.text_quality import distinct_n, token_entropy
+
+KEPT = 0.95
+VARIANTS: dict[str, list[str]] = {
+    "as configured": [],
+    "no band": ["reward.min_steps=8", "reward.max_steps=8"],
+    "no replay": ["reward.replay_rounds=0"],
+    "no KL": ["grpo.kl=0"],
+    "no anchor": ["grpo.anchor=0"],
+    "nothing holds the entropy": ["grpo.entropy=0", "grpo.neutral=false"],
+}
+
+
+def live(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, list]:
+    """Run all rounds; figures of the result every `every` rounds, and each round's discriminator accuracy."""
+    dataset = dataset_of(config)
+    base, bias = load_generator(folder)
+    texts = Texts(config, dataset, config.evaluation.samples)
+    natural = texts.natural.tokens[:, texts.start :]
+    of_natural = {"entropy": token_entropy(natural), "distinct_4": distinct_n(natural, 4)}
+    points, accuracies = [], []
+    adversary = Adversary(config, dataset, base)
+
+    def follow(round: int, metrics: dict[str, float]) -> None:
+        if round < 0:
+            return
+        accuracies.append(metrics["reward_accuracy"])
+        if (round + 1) % args.every == 0:
+            tokens = texts.write(adversary.learner.result, "random", config.denoise.steps,
+                                 sampler=config.denoise.sampler, mask_bias=bias)[:, texts.start :]
+            kept = {"entropy": token_entropy(tokens), "distinct_4": distinct_n(tokens, 4)}
+            points.append({name: value / of_natural[name] for name, value in kept.items()} | {"round": round + 1})
+            print(f"seed {config.run.seed} round {round + 1}: " + "  ".join(f"{k} {v:.3f}" for k, v in
+                                                                            points[-1].items()), flush=True)
+
+    try:
+        adversary.run(follow)
+    except FloatingPointError as error:
+        print(error)
+        points.append({"entropy": 0.0, "distinct_4": 0.0, "round": len(accuracies)})
+    return {"points": points, "accuracies": accuracies}
+
+
+def judged(config: Config, lived: dict[str, list]) -> dict[str, float]:
+    """One seed's row."""
+    entropy, distinct = (min(point[name] for point in lived["points"]) for name in ("entropy", "distinct_4"))
+    band = [config.reward.band_low <= accuracy <= config.reward.band_high for accuracy in lived["accuracies"]]
+    return {"survived": float(min(entropy, distinct) >= KEPT), "entropy_kept": entropy, "distinct_kept": distinct,
+            "in_band": sum(band) / len(band), "accuracy": sum(lived["accuracies"]) / len(band)}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ablations", type=int, default=1, help="seeds of each variant that leaves something out")
+    parser.add_argument("--rounds", type=int, help="default: 500, or 12 with --quick")
+
+
+def main() -> None:
+    args = parse(__doc__, options)
+    rounds = args.rounds or (12 if args.quick else 500)
+    args.every = min(50, rounds // 2)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for variant, overrides in VARIANTS.items():
+        for seed in range(args.seeds if variant == "as configured" else args.ablations):
+            quick = ["reward.warmup_rounds=2"] if args.quick else []
+            config = configure(args, seed, f"grpo.rounds={rounds}", *quick, *overrides)
+            folder = generator(config, dataset_of(config))
+            decides = (folder.name, args.every, config.evaluation.samples, *rounds_follow_from(config))
+            lived = remembered(config, lambda c=config, f=folder: live(c, args, f), "stability", *decides)
+            rows.setdefault(variant, []).append(judged(config, lived))
+    print_table(f"{rounds} rounds", rows)
+    table = {variant: summarise(runs) for variant, runs in rows.items()}
+    print(json.dumps(table["as configured"] | {"rows": table, "rounds": rounds, "seeds": args.seeds,
+                                               "quick": args.quick}))
+
+
+if __name__ == "__main__":
+    main()
