@@ -1,7 +1,7 @@
 """Estimators of a diffusion policy's log-likelihood gradient behind one interface: what others use, and the exact one.
 
-An estimator is a generator function of (model, batch, seed) that yields one loss per trunk pass, to be differentiated
-at once. Summed over the passes, the losses' gradient estimates that of
+An estimator is a generator function of (model, batch, seed) that yields one loss per trunk pass, to be
+differentiated at once. Summed over the passes, the losses' gradient estimates that of
 
     - sum over samples b of  advantage_b / B  x  log p(trajectory_b)
 
@@ -9,13 +9,13 @@ whose exact value credits every kept token, given the state from which it was pr
 
     one-step          every completion token from the fully masked completion           d1, arXiv:2504.12216
     coupled           a random mask, its complement, and the full mask, averaged        coupled-GRPO, arXiv:2506.20639
-    ELBO, k           k random masks of l of L tokens, each weighted L / l              arXiv:2502.09992; VRPO, ESPO, SPG
+    ELBO, k           k random masks of l of L tokens, each weighted L / l              arXiv:2502.09992, VRPO, ESPO
     merged, N         the steps in N segments, a segment's tokens from its first input  d2, arXiv:2509.21474; BGPO
     subset, k         k of the S steps, drawn at random, weighted S / k                 `grpo.replay_steps`
     exact             all S steps                                                       `grpo.trainable: lora | all`
 
-1. Only what a row of this table says is taken from its source: prompts are never masked, the temperature is 1, and masks
-   of the ELBO have a number of tokens that is uniform in 1..L, for all sources alike.
+1. Only what a row of this table says is taken from its source: prompts are never masked, the temperature is 1, and an
+   ELBO's mask has a number of tokens that is uniform in 1..L, for all sources alike.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Estimator:
 
 
 def pass_loss(model: GPT, batch: Batch, inputs: Tensor, filled: Tensor, weights: Tensor | float = 1.0) -> Tensor:
-    """Loss of one pass: the final text's tokens where `filled` [B, T], given `inputs` [B, T]; weights [B] of samples."""
+    """Loss of one pass: the final text's tokens where `filled` [B, T], given `inputs` [B, T]; weights [B]."""
     states = model.encode(inputs)[filled]
     logprobs = text_logits(model.heads["lm"](states), model.vocabulary).log_softmax(-1)
     taken = logprobs.gather(-1, batch.rollout.tokens[filled][:, None])[:, 0]

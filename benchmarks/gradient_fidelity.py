@@ -12,9 +12,9 @@ texts, against the exact one, which replays every step. Over R draws of a random
     seconds    of one estimate, on this machine
 
 1. An estimate may have another scale than g without harm (an optimiser's learning rate absorbs it): read the cosine
-   first. `best_scaled` is the bias that is left at the best scale, for those without noise sqrt(1 - cosine^2).
-2. `cached` is the exact gradient from states that the rollout kept. It exists for heads over a frozen trunk alone, and is
-   compared with the exact gradient of these.
+   first. At the best scale, an estimator without noise keeps a bias of sqrt(1 - cosine^2).
+2. `cached` is the exact gradient from states that the rollout kept. It exists for heads over a frozen trunk alone, and
+   is compared with the exact gradient of these.
 
 Run: python benchmarks/gradient_fidelity.py [--quick] [--seeds N] [--steps S]. The last line is one JSON object: `rows`
 (estimator, cosine, bias, variance, passes, seconds) and `cheapest`, the estimator of fewest passes with cosine >= 0.99.
@@ -49,7 +49,7 @@ NEEDED = 0.99
 
 def pair_logprobs(dataset: Dataset, length: int) -> Tensor:
     """[V, V] log P(next token | token) in held-out text, add-one smoothed."""
-    tokens = windows(dataset, "judge", 2048, length, 1).tokens
+    tokens = windows(dataset, "judge", 1024, length, 1).tokens
     size = dataset.vocabulary.size
     pairs = torch.bincount((tokens[:, :-1] * size + tokens[:, 1:]).flatten(), minlength=size * size).view(size, size)
     return (pairs + 1.0).log() - (pairs + 1.0).sum(1, keepdim=True).log()
