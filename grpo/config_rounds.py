@@ -103,8 +103,8 @@ class GrpoSection:
     anchor: float = 1.0
     """Weight of the diffusion loss on natural text in the generator phase."""
     adversary: float = 1.0
-    """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually goes
-    `entropy: 0`."""
+    """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually go
+    `entropy: 0` and `entropy_floor: 0`."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
     weight of 0 logs one without learning from it."""
