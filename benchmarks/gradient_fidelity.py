@@ -6,7 +6,7 @@ benchmarks/estimators.py then gives the gradient of the policy loss over all of 
 texts, against the exact one, which replays every step. Over R draws of a random estimator's noise:
 
     cosine     mean cosine with the exact gradient g
-    bias       |mean - g| / |g|, the draws' own variance taken off
+    bias       |mean - g| / |g|, the draws' own variance taken off; of a random one it is known up to `bias_noise`
     variance   mean squared distance from the mean, over |g|^2
     passes     trunk passes (forward and backward) of one estimate
     seconds    of one estimate, on this machine
@@ -81,7 +81,7 @@ def compare(estimator: Estimator, model: GPT, batch: Batch, exact: Tensor, draws
     bias = max(0.0, (mean - exact).square().sum().item() - variance / draws)
     return {
         "cosine": statistics.fmean(cosines), "bias": (bias / norm) ** 0.5, "variance": variance / norm,
-        "passes": float(passes), "seconds": statistics.median(seconds),
+        "bias_noise": (variance / draws / norm) ** 0.5, "passes": float(passes), "seconds": statistics.median(seconds),
     }
 
 
@@ -97,7 +97,8 @@ def cached_row(model: GPT, rollout: Rollout, advantages: Tensor, replayed: Batch
     model.trunk.requires_grad_(True)
     return {
         "cosine": torch.nn.functional.cosine_similarity(found, exact, dim=0).item(),
-        "bias": ((found - exact).norm() / exact.norm()).item(), "variance": 0.0, "passes": 0.0, "seconds": seconds,
+        "bias": ((found - exact).norm() / exact.norm()).item(), "variance": 0.0, "bias_noise": 0.0, "passes": 0.0,
+        "seconds": seconds,
     }
 
 
@@ -127,7 +128,7 @@ def cheapest(rows: list[dict[str, object]]) -> str:
 def main() -> None:
     args = parse(__doc__, lambda parser: parser.add_argument("--steps", type=int, default=0, help="S (16; quick: 8)"))
     steps, sizes = args.steps or (8 if args.quick else 16), BARE if args.quick else (*FULL, *BARE)
-    scale = {"prompts": 2, "draws": 4} if args.quick else {"prompts": 4, "draws": 8}
+    scale = {"prompts": 2, "draws": 4} if args.quick else {"prompts": 4, "draws": 16}
     runs = [measure(configure(args, seed, *sizes), steps=steps, seed=seed, **scale) for seed in range(args.seeds)]
     print_table(f"S = {steps}", {name: [run[name] for run in runs] for name in runs[0]})
     rows = [{"estimator": name, **summarise([run[name] for run in runs])} for name in runs[0]]
