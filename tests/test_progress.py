@@ -39,6 +39,14 @@ def test_stopping_is_told_by_the_next_report():
     assert board.stopping() and board.report("x", 1, 1)
 
 
+def test_a_failure_stays_on_the_board():
+    board = ProgressBoard()
+    assert board.failure() == ""
+    board.fail("reward function m:f raised")
+    board.drain()
+    assert board.failure() == "reward function m:f raised" and not board.stopping()
+
+
 def test_plain_lines_are_rate_limited_but_first_and_last_are_printed():
     console = plain()
     with Display(console, every_s=3600) as display:
