@@ -38,6 +38,9 @@ class Trainable:
 
     @classmethod
     def of(cls, grpo: GrpoSection) -> Trainable:
+        """What a config says; without adapters their size does not count, so that heads are `HEADS`."""
+        if grpo.trainable != "lora":
+            return cls(kind=grpo.trainable)
         return cls(kind=grpo.trainable, rank=grpo.lora_rank, alpha=grpo.lora_alpha)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from grpo.checkpoint import load_model, save_checkpoint
 from grpo.config import GrpoSection, ModelSection
 from grpo.lora import (
+    HEADS,
     Adapter,
     Trainable,
     load_policy_state,
@@ -133,6 +134,7 @@ def test_the_config_says_what_trains():
     assert Trainable.of(GrpoSection(trainable="lora", lora_rank=4, lora_alpha=2.0)) == Trainable(
         kind="lora", rank=4, alpha=2.0
     )
+    assert Trainable.of(GrpoSection()) == HEADS  # what is not HEADS replays its trajectories
     with pytest.raises(ValueError, match="grpo.trainable must be one of heads, lora, all"):
         GrpoSection(trainable="adapters")
     with pytest.raises(ValueError, match="grpo.replay_steps must be 0 where grpo.trainable is heads"):
