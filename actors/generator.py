@@ -63,7 +63,7 @@ class Generator:
             "prompt_tokens": prompt_tokens,
             "group_size": group_size,
             "min_neighbors_ratio": min_neighbors_ratio,
-            "replay": trainable != HEADS,
+            "replay": trainable.kind != "heads",
             "remasking_model": load_model(remasking_model, device=device).eval() if remasking_model else None,
         }
 
