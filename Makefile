@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint peers clean
 
 install: .venv/.installed
 
@@ -22,8 +22,18 @@ demo: install
 test: install lint
 	@$(BIN)/python -m pytest -q
 
+# The peers of benchmarks/pretrain_speed.py and grpo_speed.py, in an environment of their own.
+peers: .venv-peers/.installed
+
+.venv-peers/.installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+	  -r benchmarks/requirements.txt
+	@touch $@
+
 lint: install
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-peers runs build *.egg-info
