@@ -52,7 +52,8 @@ from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
 from pipelines.progress import Display, follow, start_board, stop_on_signals
 from pipelines.ranks import beside_main_thread
-from pipelines.rounds import Job, newest_round, worker_loop
+from pipelines.rollouts import Job
+from pipelines.rounds import newest_round, worker_loop
 from pipelines.sample import find_checkpoint
 from pipelines.tracking import Tracker, tracking_uri
 
@@ -116,7 +117,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 "p_mask_unmask": (config.mask_bias.target,),
             }
             tracker.figure("rounds", grpo_figure(series(history), targets=targets))
-            tracker.artifact(folder / "final", "model")
+            tracker.model(folder / "final")
+            tracker.artifact(folder / "final", "checkpoint")
             tracker.artifact(folder / "summary.json")
     _show(config, folder, rows, summary)
     return summary

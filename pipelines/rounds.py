@@ -1,22 +1,17 @@
 """The adversarial loop in every Ray Train worker: roll out, score, generator phase, reward phase, publish.
 
-1. Rollouts and scores go by reference from generator to reward actor to this worker; the driver sees none of them.
-   While the actors work, the worker prepares the natural text's features; with `grpo.max_staleness: 1` it trains on
-   round r while they roll out round r + 1 with the heads of before.
-2. Rank r owns a contiguous share of the prompts and of the actors. Seeds belong to global indices, so the number of
-   actors and ranks changes nothing but the order of summation.
-3. Rank 0 publishes new heads once per round; the others pick the references up.
-4. Every wait has a limit and names the phase that it waited for.
-5. A checkpoint holds heads, optimisers, controllers, replay buffer, counters, the history of metrics, and the heads of
+1. While the actors work (`pipelines/rollouts.py`), the worker prepares the natural text's features; with
+   `grpo.max_staleness: 1` it trains on round r while they roll out round r + 1 with the heads of before.
+2. Rank 0 publishes new heads once per round; the others pick the references up.
+3. A checkpoint holds heads, optimisers, controllers, replay buffer, counters, the history of metrics, and the heads of
    a round that is under way; a resumed run continues with the round after it, and rolls that one out again.
-6. A failure that the same round would meet again is left on the board, and ends the run instead of repeating it.
+4. A failure that the same round would meet again is left on the board, and ends the run instead of repeating it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from actors.learner import Learner
-from actors.trunk_store import Blueprint, to_arrays, to_tensors
+from actors.trunk_store import to_arrays
 from grpo.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from grpo.config import Config
 from grpo.config_file import to_dict
-from grpo.data import Batch, Cursor, open_dataset
+from grpo.data import open_dataset
 from grpo.reward_functions import RewardFunctionError
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
+from pipelines.rollouts import Job, Rollouts, fetch, newest_heads, publish
 from pipelines.tracking import Tracker
 
 SHOWN = ("reward", "p_natural", "reward_accuracy", "kl", "entropy")
@@ -42,42 +37,6 @@ Log = Callable[[dict[str, float], int], None]
 """log(figures, round): what a run shows of a round; figures of rounds before a resume come again."""
 Report = Callable[[int, int, dict[str, float]], bool]
 """report(rounds done, of how many, newest figures) -> whether to stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank is told."""
-
-    config: Config
-    dataset: Path
-    folder: Path
-    blueprint: Blueprint
-    remasking: str
-    """Resolved re-masking policy."""
-    trunk: tuple[Any]
-    """Reference of the published trunk, in a tuple so that Ray does not fetch it on the way."""
-    heads: tuple[Any]
-    """Reference of the base heads."""
-    mask_bias: dict[str, float] | None
-    """The base model's mask-bias controller, which the rounds go on steering; None: it has none."""
-    generators: list[Any]
-    """Handles of the generator actors, in the order of the prompts that they own."""
-    rewards: list[Any]
-    """Handles of the reward actors, one beside each generator."""
-    board: Any
-    """Handle of the `ProgressBoard` actor; None where nobody looks."""
-    mlflow_run: str | None
-    """Run that rank 0 logs to."""
-
-
-def fetch(references: Any, waiting_for: str, timeout_s: float) -> Any:
-    """`ray.get` with a limit whose error says what was waited for."""
-    import ray
-
-    try:
-        return ray.get(references, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError:
-        raise TimeoutError(f"waited {timeout_s:.0f} s for {waiting_for}; run.timeout_s sets the limit") from None
 
 
 def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
@@ -111,116 +70,6 @@ def newest_round(folder: Path) -> int:
     """Rounds done at the newest whole checkpoint; 0 without one."""
     newest = latest_checkpoint(folder / "checkpoints")
     return 0 if newest is None else int(newest.name.rpartition("-")[2])
-
-
-class Rollouts:
-    """This rank's actors and its share of each round's rows."""
-
-    def __init__(self, job: Job, ranks: Ranks) -> None:
-        import ray
-
-        self.ray, self.job, grpo = ray, job, job.config.grpo
-        share = len(job.generators) // ranks.world
-        mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-        self.generators, self.rewards = job.generators[mine], job.rewards[mine]
-        per_rank = grpo.prompts // ranks.world
-        self.prompts = torch.arange(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-        rows = range(ranks.rank * per_rank * grpo.group_size, (ranks.rank + 1) * per_rank * grpo.group_size)
-        self.rows = rows
-        self.cursor = Cursor(
-            open_dataset(job.dataset),
-            "train",
-            grpo.prompts * grpo.group_size,
-            job.config.data.block_size,
-            job.config.run.seed,
-        )
-
-    def natural(self, round: int) -> tuple[Batch, Batch]:
-        """This rank's natural rows, and the prompts among them: row n x G is the true continuation of prompt n."""
-        natural = self.cursor.batch(round, rows=self.rows)
-        size = self.job.config.grpo.group_size
-        return natural, Batch(natural.tokens[::size], natural.attention_mask[::size])
-
-    def start(self, round: int, published: Published) -> Flight:
-        """Send a round's prompts to the actors."""
-        natural, prompts = self.natural(round)
-        parts = len(self.generators)
-        rollouts = [
-            actor.roll_out.remote(published.generator, published.version, published.mask_bias, round, *split)
-            for actor, split in zip(
-                self.generators,
-                zip(
-                    self.prompts.chunk(parts),
-                    prompts.tokens.chunk(parts),
-                    prompts.attention_mask.chunk(parts),
-                    strict=True,
-                ),
-                strict=True,
-            )
-        ]
-        scores = [
-            actor.score.remote(published.reward, published.round, rollout)
-            for actor, rollout in zip(self.rewards, rollouts, strict=True)
-        ]
-        return Flight(published=published, natural=natural, prompts=prompts, rollouts=rollouts, scores=scores)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """References of heads, as they were before a round."""
-
-    round: int
-    """Rounds done, which numbers the reward head."""
-    version: int
-    """Updates of the generator, which numbers its heads."""
-    generator: Any
-    reward: Any
-    mask_bias: float
-
-    def state(self) -> dict[str, Any]:
-        """The heads themselves, for a checkpoint."""
-        import ray
-
-        heads = {name: to_tensors(ray.get(getattr(self, name))) for name in ("generator", "reward")}
-        return {"round": self.round, "version": self.version, "mask_bias": self.mask_bias, **heads}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flight:
-    """A round whose rollouts are under way."""
-
-    published: Published
-    natural: Batch
-    """This rank's natural rows."""
-    prompts: Batch
-    rollouts: list[Any]
-    """References, in the order of the global index."""
-    scores: list[Any]
-
-
-def newest_heads(learner: Learner, round: int) -> dict[str, Any]:
-    """What rank 0 publishes, as in `Published`."""
-    return {
-        "round": round,
-        "version": learner.version,
-        "mask_bias": learner.bias,
-        "generator": learner.generator_heads(),
-        "reward": learner.discriminator.scoring_heads(),
-    }
-
-
-def publish(heads: dict[str, Any], ranks: Ranks) -> Published:
-    """Rank 0 puts both heads into the object store; all ranks get the references (wrapped: bare ones would hang)."""
-    import ray
-
-    box = [None]
-    if ranks.rank == 0:
-        new = Published(**{**heads, **{name: ray.put(heads[name]) for name in ("generator", "reward")}})
-        box = [ray.cloudpickle.dumps(new)]
-        if ranks.world == 1:
-            return new
-    dist.broadcast_object_list(box, 0)
-    return ray.cloudpickle.loads(box[0])
 
 
 def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:

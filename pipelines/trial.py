@@ -32,7 +32,9 @@ from pipelines.evaluate import measure
 from pipelines.grpo import Paths, start_actors
 from pipelines.launch import worker_threads
 from pipelines.pretrain import alone, write_json
+from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
+from pipelines.rollouts import Job
 from pipelines.tracking import Tracker
 
 TOLERANCE = 0.05
@@ -85,7 +87,7 @@ class Trial:
         self.base, self.ranks = shared.base or self.folder / "base" / "best", Ranks(device=shared.device)
         self.open, self.reported = ExitStack(), 0
         self.tracker: Tracker | None = None
-        self.job: rounds.Job | None = None
+        self.job: Job | None = None
         self.open.enter_context(alone(self.folder))
         self.record = read_trial(self.folder) or {
             "trial": self.folder.name,
@@ -156,18 +158,14 @@ class Trial:
         if self.shared.base:
             return {}
         folder = self.folder / "base"
-        folder.mkdir(parents=True, exist_ok=True)
-        newest = pretrain_loop.newest_step(folder)
-        curve = [row for row in read_curve(folder) if row["step"] <= newest]  # later ones are about to be made again
-        file = self.open.enter_context((folder / "curve.jsonl").open("w", encoding="utf-8"))
 
         def log(figures: dict[str, float], step: int, settle: bool) -> None:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
-            file.flush()
             self.tracker.log({f"pretrain/{name}": value for name, value in figures.items()}, step)
 
-        for row in curve:  # as for the rounds: what the store has is not stored twice
-            log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
+        newest = pretrain_loop.newest_step(folder)
+        for row in read_curve(folder):  # as for the rounds: what the store has is not stored twice
+            if row["step"] <= newest:
+                log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
         job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
                                 tracking=self.config.tracking, board=None, mlflow_run=None)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
@@ -220,10 +218,3 @@ def settling(curve: list[dict[str, float]], target: float, num_steps: int) -> di
 def _finite(figures: dict[str, float]) -> dict[str, float]:
     """Without what could not be measured, such as the AUROC of a critic that saw no error."""
     return {name: value for name, value in figures.items() if math.isfinite(value)}
-
-
-def read_curve(base: Path) -> list[dict[str, float]]:
-    """The readings of a base model's pretraining; none of a shared base."""
-    path = base / "curve.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
