@@ -36,9 +36,10 @@ from typing import Any
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
+from pipelines.figures import pretrain_figure, series
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
-from pipelines.pretrain_loop import Job, make_trainer, newest_step, worker_loop
+from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
 from pipelines.ranks import Ranks, beside_main_thread
 from pipelines.tracking import Tracker, tracking_uri
@@ -103,7 +104,10 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
         start_ray()
         figures = _fit(Job(config=config, dataset=dataset.folder, folder=folder, tracking=tracking, board=None,
                            mlflow_run=tracker.run_id), display)
-        tracker.artifact(folder / "best", "model")
+        if config.pretrain.mode == "generator":
+            tracker.figure("pretraining", pretrain_figure(series(read_curve(folder)), target=config.mask_bias.target))
+            tracker.model(folder / "best")
+        tracker.artifact(folder / "best", "checkpoint")
         return figures
 
 

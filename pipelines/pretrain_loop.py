@@ -6,12 +6,14 @@
    the newest. `ray.train.report` is never called: it blocks until the controller polls.
 3. `best` is chosen by the bound on fixed validation rows, and by nothing else, among the validations at which every
    head had joined (`critic.end`, `sampler.start`) if the run gets that far.
-4. The device is waited for at readings only (every `log_every` steps, before validations and checkpoints), where a
+4. Readings are kept in `curve.jsonl` as well, for figures; a resumed run cuts off those that it makes again.
+5. The device is waited for at readings only (every `log_every` steps, before validations and checkpoints), where a
    figure that is not finite ends the run before it reaches a checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -137,6 +139,7 @@ def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
     rows = windows(dataset, "validation", settings.eval_rows, block_size, VALIDATION_WINDOWS_SEED)
     state = _resume(job.folder, trainer)
     step, read_at, sums, figures = state["step"], state.pop("read_at"), state.pop("sums"), {}
+    curve = _continued_curve(job.folder, step) if ranks.rank == 0 else None
     mark = time.monotonic()
 
     def save(folder: Path, **more: Any) -> None:
@@ -175,6 +178,9 @@ def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
                 state["best"] = candidate
                 save(job.folder / "best")
         log(figures, step, saves)
+        if curve is not None:
+            with curve.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
         sums, read_at = {}, step
         if saves:
             save_to_resume()
@@ -185,6 +191,22 @@ def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
             "train_s": state["trained_s"], "best_step": state["best"].get("step"),
             **{name: value for name, value in state["best"].items() if name not in ("full", "step")},
             **{f"last_{name}": value for name, value in state["last"].items()}}
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The readings of a pretraining, with their `step`; none where none were kept."""
+    path = folder / "curve.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _continued_curve(folder: Path, step: int) -> Path:
+    """The file of readings, without those after a step."""
+    rows = [row for row in read_curve(folder) if row["step"] <= step]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "curve.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def newest_step(folder: Path) -> int:

@@ -42,12 +42,13 @@ from pipelines.evaluate import fit_judge, measure_natural
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
+from pipelines.pretrain_loop import read_curve
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import beside_main_thread
 from pipelines.sample import find_checkpoint
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
-from pipelines.trial import Shared, Trial, read_curve, read_trial, trial_folder
+from pipelines.trial import Shared, Trial, read_trial, trial_folder
 
 SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "cluster", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""

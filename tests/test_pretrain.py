@@ -31,7 +31,7 @@ from grpo.config_file import save_config, to_dict
 from grpo.data import make_dataset
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
-from pipelines.pretrain_loop import Job, newest_step, train
+from pipelines.pretrain_loop import Job, newest_step, read_curve, train
 from pipelines.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -90,6 +90,17 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_undisturbed_run(dataset, tm
         assert untimed(before) + untimed(after) == untimed(logged), stop
         assert {k: v for k, v in result.items() if not k.endswith("_s")} == {
             k: v for k, v in whole.items() if not k.endswith("_s")}
+
+
+def test_the_curve_on_disk_is_the_undisturbed_run_s(dataset, tmp_path):
+    _, logged = run(CONFIG, dataset, tmp_path / "whole")
+    run(CONFIG, dataset, tmp_path / "killed", stop_at=33)
+    with (tmp_path / "killed" / "curve.jsonl").open("a") as file:
+        file.write('{"step": 40, "loss_unmask": 0.0}\n{"step": 60, "lo')  # a kill after the newest checkpoint
+    run(CONFIG, dataset, tmp_path / "killed")
+    for name in ("whole", "killed"):
+        curve = [(row.pop("step"), row) for row in read_curve(tmp_path / name)]
+        assert untimed(curve) == untimed(logged)
 
 
 def test_a_run_that_is_over_only_gives_its_figures_again(dataset, tmp_path):
