@@ -110,7 +110,7 @@ def decoded(dataset: Dataset, tokens: Tensor) -> list[str]:
     return [dataset.tokenizer.decode(row) for row in tokens.tolist()]
 
 
-def settings(args: argparse.Namespace, seed: int) -> Config:
+def settings(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
     """The config of one seed: a small generator and 8 steps."""
     sizes = [
         "model.n_layer=2", "model.n_embd=64", "pretrain.steps=1000", "sampler.start=300", "critic.start=400",
@@ -122,7 +122,7 @@ def settings(args: argparse.Namespace, seed: int) -> Config:
         sizes += ["pretrain.steps=300", "sampler.start=60", "critic.start=100", "critic.end=120", "grpo.rounds=15",
                   "reward.warmup_rounds=3", "evaluation.samples=512"]
     source = corpus(args.grammar, Path(args.cache).expanduser())
-    return configure(args, seed, f"data.source={source}", *sizes)
+    return configure(args, seed, f"data.source={source}", *sizes, *overrides)
 
 
 def write(config: Config, model: GPT, rows: Batch, steps: int) -> Tensor:
