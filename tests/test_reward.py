@@ -1,10 +1,12 @@
+import sys
+
 import torch
 
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, to_arrays
 from grpo.config import ModelSection, RewardSection
 from grpo.model import GPT
-from grpo.tokenizer import Vocabulary
+from grpo.tokenizer import Vocabulary, build_tokenizer
 from grpo.trajectory import Rollout
 
 torch.set_num_threads(1)
@@ -44,6 +46,7 @@ def rollout(tokens, real):
         positions=nothing,
         steps=nothing,
         logprobs=torch.zeros(0),
+        entropies=torch.zeros(0),
     )
 
 
@@ -94,3 +97,20 @@ def test_the_head_of_the_call_scores_a_whole_call():
     assert (moved.logits != before.logits).any(1).all() and torch.equal(moved.features, before.features)
     restarted, _, _ = make()
     assert torch.equal(restarted.score(new, 2, rollout(tokens, real)).logits, moved.logits)
+
+
+def test_the_users_functions_read_completions_without_prompts_and_pads(tmp_path, monkeypatch):
+    (tmp_path / "noting.py").write_text("seen = []\ndef length(texts):\n    seen.extend(texts)\n"
+                                        "    return [len(text) for text in texts]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    tokenizer = build_tokenizer("bytes")
+    reward = Reward(BLUEPRINT, {}, {}, threads=1, functions=["noting:length"], tokenizer=tokenizer)
+    texts = ["ab: long", "cd: hi"]
+    tokens = torch.full((2, 10), tokenizer.vocabulary.pad_id)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = torch.tensor(tokenizer.encode(text))
+    scores = reward.score({}, 0, rollout(tokens, tokens != tokenizer.vocabulary.pad_id))
+    assert sys.modules["noting"].seen == [" long", " hi"]  # three tokens of each are the prompt
+    assert scores.users["noting:length"].tolist() == [5, 3]
+    assert scores.logits is None and scores.token_logits is None and scores.features is None  # there is no adversary
