@@ -18,7 +18,7 @@ A row's total rate u = t x (1 - guaranteed_correct); a part of it, U(0,1) x u x 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class Corrupted:
     def kept(self) -> Tensor:
         """[B, T] bool: the input is the clean token (task: keep)."""
         return self.loss_mask & ~self.masked & ~self.replaced
+
+    def rows(self, rows: slice) -> Corrupted:
+        """The same of some rows."""
+        return Corrupted(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def ramp(step: int, start: int, end: int, final: float) -> float:

@@ -27,18 +27,45 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from grpo.corruption import Corrupted, mask_only, stratified_rows
-from grpo.mask_bias import apply_mask_bias, mask_log_odds
+from grpo.mask_bias import apply_mask_bias
 from grpo.metrics import weighted_sum
 from grpo.tokenizer import Vocabulary
 
 _NELBO_STREAM = 0x4E454C42  # keeps its noise apart from that of training
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor, num_columns: int) -> Tensor:
+class _Nats(torch.autograd.Function):
+    """-log P(target) and log P(last column) over leading columns; its backward writes one table, autograd's four."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        logprobs = logits[..., :num_columns].to(wide).log_softmax(-1)
+        ctx.save_for_backward(logprobs, targets)
+        ctx.logits = logits.shape, logits.dtype
+        last = logprobs[..., -1].clone()
+        ctx.mark_non_differentiable(last)
+        return -logprobs.gather(-1, targets[..., None]).squeeze(-1), last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        logprobs, targets = ctx.saved_tensors
+        shape, dtype = ctx.logits
+        num_columns = logprobs.shape[-1]
+        gradient = logprobs.new_empty(shape)
+        gradient[..., num_columns:] = 0
+        inside = gradient[..., :num_columns]
+        torch.exp(logprobs, out=inside).mul_(scale[..., None])
+        inside.scatter_add_(-1, targets[..., None], -scale[..., None])
+        return gradient.to(dtype), None, None
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     """-log P(target) over the first `num_columns` columns in float32, and 0 where a position is not counted.
 
     Args:
@@ -47,13 +74,10 @@ def _cross_entropy(logits: Tensor, targets: Tensor, counted: Tensor, num_columns
         counted: [...] bool.
 
     Returns:
-        [...]
+        [...], and [...] detached log P of the last of these columns.
     """
-    logits = logits[..., :num_columns]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = targets.masked_fill(~counted, -100)
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(targets)
+    losses, last = _Nats.apply(logits, targets.masked_fill(~counted, 0), num_columns)
+    return torch.where(counted, losses, 0.0), last
 
 
 def corrective_denominator(corrupted: Corrupted, *, weight_unmask: float, weight_remask: float) -> Tensor:
@@ -87,12 +111,12 @@ def corrective_loss(
         (loss, metrics): pairs `loss_unmask`, `loss_remask`, `loss_keep` (unweighted nats), `p_mask_unmask` (the
         controller's signal), `p_mask_remask`, `p_mask_keep`, and `keep_weight`.
     """
-    log_odds = mask_log_odds(logits.detach(), vocabulary)
-    p_mask_sampled = (log_odds + mask_bias).sigmoid()
-    p_mask = p_mask_sampled if applies_to == "loss" else log_odds.sigmoid()
     if applies_to == "loss":
         logits = apply_mask_bias(logits, mask_bias, vocabulary)
-    losses = _cross_entropy(logits, corrupted.targets, corrupted.loss_mask, vocabulary.base_size + 1)
+    losses, log_p_mask = _cross_entropy(logits, corrupted.targets, corrupted.loss_mask, vocabulary.base_size + 1)
+    p_mask = log_p_mask.exp()
+    log_odds = -torch.expm1(-log_p_mask).log()
+    p_mask_sampled = p_mask if applies_to == "loss" else (log_odds + mask_bias).sigmoid()
 
     num_visible = (corrupted.loss_mask & ~corrupted.masked).sum(1, keepdim=True)
     row_rate = corrupted.replaced.sum(1, keepdim=True) / num_visible.clamp(min=1)
@@ -124,7 +148,7 @@ def mdlm_loss(
     Returns:
         (loss, metrics): pairs `loss_unmask` (unweighted nats per masked token) and `nelbo` (nats per token).
     """
-    losses = _cross_entropy(logits, corrupted.clean, corrupted.masked, vocabulary.base_size)
+    losses, _ = _cross_entropy(logits, corrupted.clean, corrupted.masked, vocabulary.base_size)
     weighted = losses / corrupted.rate[:, None].to(losses.dtype)
     metrics = {
         "loss_unmask": weighted_sum(losses, corrupted.masked),
@@ -153,7 +177,7 @@ def next_token_loss(
         (loss, metrics): the pair `loss_next`.
     """
     counted = next_token_counted(attention_mask)
-    losses = _cross_entropy(logits[:, :-1], clean[:, 1:], counted, vocabulary.base_size)
+    losses, _ = _cross_entropy(logits[:, :-1], clean[:, 1:], counted, vocabulary.base_size)
     return losses.sum() / denominator, {"loss_next": weighted_sum(losses, counted)}
 
 
@@ -194,7 +218,8 @@ def nelbo(
             masked = corrupted.masked
             logits = predict(corrupted.inputs, attention_mask=attention_mask[rows], positions=masked)
             targets = corrupted.clean[masked]
-            losses = _cross_entropy(logits, targets, torch.ones_like(targets, dtype=torch.bool), vocabulary.base_size)
+            counted = torch.ones_like(targets, dtype=torch.bool)
+            losses, _ = _cross_entropy(logits, targets, counted, vocabulary.base_size)
             local_row = masked.nonzero()[:, 0]
             row_nats.index_add_(0, rows[local_row], losses.double() / corrupted.rate[local_row] / num_draws)
     return ratio_with_error(row_nats, attention_mask.sum(1).double())

@@ -9,6 +9,7 @@
 3. Each part is divided by its own count over the whole optimizer step (`counts`, summed over micro-batches and ranks
    from outside), so any split gives the same gradient.
 4. A frozen trunk is read without gradients; the heads then train on states.
+5. With a large vocabulary the generator's logits exist for a few rows at a time (`grpo/sliced_loss.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from grpo.diffusion_loss import (
     next_token_counted,
     next_token_loss,
 )
+from grpo.metrics import merge_sums
 from grpo.model import GPT
+from grpo.sliced_loss import sliced_loss
 from grpo.wavefront import sampler_loss, wavefront_fill
 
 CRITIC_STEP = 1 << 20
@@ -121,27 +124,40 @@ def multitask_loss(
     visible = _visible(config, corrupted.loss_mask)
     vocabulary = model.vocabulary
     totals = totals.float()
+    fills = stage.critic_weight and not stage.sampler
+    metrics: dict[str, Tensor] = {}
+    filled: list[Tensor] = []
+
+    def generator_loss(rows: slice, logits: Tensor) -> Tensor:
+        nonlocal metrics
+        part = corrupted.rows(rows)
+        if model.trunk.causal:
+            loss, own = next_token_loss(
+                logits, part.clean, attention_mask=part.loss_mask, vocabulary=vocabulary, denominator=totals[0]
+            )
+        elif config.loss.objective == "mdlm":
+            loss, own = mdlm_loss(logits, part, vocabulary=vocabulary, denominator=totals[0])
+        else:
+            loss, own = corrective_loss(
+                logits,
+                part,
+                vocabulary=vocabulary,
+                denominator=totals[0],
+                weight_unmask=config.loss.weight_unmask,
+                weight_remask=config.loss.weight_remask,
+                penalty=stage.penalty,
+                mask_bias=mask_bias,
+                applies_to=config.mask_bias.applies_to,
+            )
+        metrics = merge_sums(metrics, own)
+        if fills:
+            filled.append(fill_masks(part.inputs, logits.detach(), vocabulary=vocabulary, seeds=seeds[rows]))
+        return loss
+
+    hidden = model.encode(corrupted.clean if model.trunk.causal else corrupted.inputs, visible)
+    total = sliced_loss(model.heads["lm"], hidden, generator_loss)
     if model.trunk.causal:
-        logits = model(corrupted.clean, attention_mask=visible)
-        return next_token_loss(
-            logits, corrupted.clean, attention_mask=corrupted.loss_mask, vocabulary=vocabulary, denominator=totals[0]
-        )
-    hidden = model.encode(corrupted.inputs, visible)
-    logits = model.heads["lm"](hidden)
-    if config.loss.objective == "mdlm":
-        total, metrics = mdlm_loss(logits, corrupted, vocabulary=vocabulary, denominator=totals[0])
-    else:
-        total, metrics = corrective_loss(
-            logits,
-            corrupted,
-            vocabulary=vocabulary,
-            denominator=totals[0],
-            weight_unmask=config.loss.weight_unmask,
-            weight_remask=config.loss.weight_remask,
-            penalty=stage.penalty,
-            mask_bias=mask_bias,
-            applies_to=config.mask_bias.applies_to,
-        )
+        return total, metrics
     if stage.sampler:
         loss, part = sampler_loss(
             model,
@@ -154,20 +170,21 @@ def multitask_loss(
         )
         total, metrics = total + loss, metrics | part
     if stage.critic_weight:
-        if stage.sampler:
-            filled = wavefront_fill(
-                model,
-                hidden.detach(),
-                corrupted.inputs,
-                seeds=seeds,
-                step=CRITIC_STEP,
-                attention_mask=visible,
-                min_neighbors_ratio=config.sampler.min_neighbors_ratio,
-            ).tokens
-        else:
-            filled = fill_masks(corrupted.inputs, logits.detach(), vocabulary=vocabulary, seeds=seeds)
-        scores = model.heads["critic"](model.encode(filled, visible))
-        loss, part = critic_loss(scores, filled, corrupted, scope=config.critic.scope, denominator=totals[2])
+        if not fills:
+            filled.append(
+                wavefront_fill(
+                    model,
+                    hidden.detach(),
+                    corrupted.inputs,
+                    seeds=seeds,
+                    step=CRITIC_STEP,
+                    attention_mask=visible,
+                    min_neighbors_ratio=config.sampler.min_neighbors_ratio,
+                ).tokens
+            )
+        text = torch.cat(filled)
+        scores = model.heads["critic"](model.encode(text, visible))
+        loss, part = critic_loss(scores, text, corrupted, scope=config.critic.scope, denominator=totals[2])
         total, metrics = total + stage.critic_weight * loss, metrics | part
     return total, metrics
 

@@ -20,6 +20,7 @@ ORDER = [
     "data",
     "metrics",
     "heads",
+    "sliced_loss",
     "lora",
     "features",
     "model",
