@@ -155,9 +155,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args = parse(__doc__, options)
-    args.forwards = args.forwards or ([4, 8, 64] if args.quick else list(FORWARDS))
+    args.forwards = args.forwards or ([8, 64] if args.quick else list(FORWARDS))
     if args.temperatures is None:
-        args.temperatures = [0.8, 1.0] if args.quick else list(TEMPERATURES)
+        args.temperatures = [1.0] if args.quick else list(TEMPERATURES)
     args.kinds = args.kinds or (["random", "sampler"] if args.quick else list(KINDS))
     seeds = [seed_rows(args, seed) for seed in range(args.seeds)]
     rows = {name: [by_forwards[name] for by_forwards, _, _ in seeds] for name in seeds[0][0]}

@@ -93,12 +93,12 @@ def judged(config: Config, lived: dict[str, list]) -> dict[str, float]:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablations", type=int, default=1, help="seeds of each variant that leaves something out")
-    parser.add_argument("--rounds", type=int, help="default: 500, or 12 with --quick")
+    parser.add_argument("--rounds", type=int, help="default: 500, or 6 with --quick")
 
 
 def main() -> None:
     args = parse(__doc__, options)
-    rounds = args.rounds or (12 if args.quick else 500)
+    rounds = args.rounds or (6 if args.quick else 500)
     args.every = min(50, rounds // 2)
     rows: dict[str, list[dict[str, float]]] = {}
     for variant, overrides in VARIANTS.items():
