@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
+from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
 from grpo.lora import HEADS, Trainable
@@ -19,7 +19,7 @@ ROLLOUT_STREAM = 11
 """Noise stream of rollouts (see `grpo.noise.row_seeds`)."""
 
 
-class Generator:
+class Generator(Tenant):
     """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor."""
 
     def __init__(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from actors.trunk_store import Arrays, Blueprint, fetch, load_heads, mount
+from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.reward_functions import resolve_rewards, score_texts
 from grpo.tokenizer import Tokenizer
 from grpo.trajectory import Rollout
@@ -37,7 +37,7 @@ class Scores:
     """[B] scores by the user's functions, by `module:function`."""
 
 
-class Reward:
+class Reward(Tenant):
     """Scores rollouts. A plain class; the pipeline makes it a Ray actor.
 
     Args:

@@ -60,10 +60,10 @@ def to_arrays(state: dict[str, Tensor]) -> Arrays:
 
 
 def to_tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """Tensors on the same memory as the arrays."""
+    """Tensors on the same memory as the arrays; tensors as they are."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arrays.items()}
     return {name: t.view(torch.bfloat16) if t.dtype == torch.uint16 else t for name, t in tensors.items()}
 
 
@@ -90,6 +90,57 @@ def fetch(given: Arrays | bytes) -> Arrays:
     return ray.get(ray.cloudpickle.loads(given), timeout=FETCH_TIMEOUT_S)
 
 
+def attach(trunk: Arrays, device: str) -> dict[str, Tensor]:
+    """The trunk for several models of one process: the mapped memory on a CPU, else one copy on the device."""
+    return {name: tensor.to(device) for name, tensor in to_tensors(trunk).items()}
+
+
+def share_on_gpus(actors: list[Any], timeout_s: float) -> int:
+    """Let the actors of one GPU use one copy of the trunk, which the first of them lends by CUDA IPC.
+
+    Ray Direct Transport, which Ray 2.60 calls alpha. Whoever cannot borrow keeps its own copy; so does an actor that
+    is started again. The memory is the lender's: if it dies, its borrowers fail, and the run with them.
+
+    Args:
+        actors: handles with `place`, `lend` and `borrow`, made with `enable_tensor_transport`; their trunks are frozen.
+
+    Returns:
+        How many borrow.
+    """
+    import ray
+
+    places, borrowed = ray.get([actor.place.remote() for actor in actors], timeout=timeout_s), 0
+    for place in dict.fromkeys(places):
+        lender, *others = [actor for actor, where in zip(actors, places, strict=True) if where == place]
+        lent = lender.lend.options(tensor_transport="cuda_ipc").remote()
+        for answer in [actor.borrow.remote(lent) for actor in others]:
+            try:
+                ray.get(answer, timeout=timeout_s)
+                borrowed += 1
+            except ray.exceptions.RayError:
+                continue
+    return borrowed
+
+
+class Tenant:
+    """What `share_on_gpus` asks of an actor that has a `model`."""
+
+    model: GPT
+
+    def place(self) -> tuple[str, ...]:
+        import ray
+
+        return (ray.get_runtime_context().get_node_id(), *map(str, ray.get_gpu_ids()))
+
+    def lend(self) -> dict[str, Tensor]:
+        return dict(self.model.trunk.state_dict())
+
+    def borrow(self, trunk: dict[str, Tensor]) -> None:
+        self.model.trunk.load_state_dict(trunk, assign=True)
+        self.model.freeze_trunk()
+        torch.cuda.empty_cache()  # what the own copy took
+
+
 class _Undrawn(TorchFunctionMode):
     """Random initialisation does nothing: on the meta device it would load sympy, 67 MB and 1.7 s in every actor."""
 
@@ -102,7 +153,7 @@ class _Undrawn(TorchFunctionMode):
 def mount(
     blueprint: Blueprint,
     mode: str,
-    trunk: Arrays,
+    trunk: Arrays | dict[str, Tensor],
     heads: Arrays,
     *,
     lm_residual: int = 0,
@@ -116,7 +167,7 @@ def mount(
     Args:
         blueprint: shapes.
         mode: `generator` or `reward`.
-        trunk: `model.trunk.state_dict()` as arrays.
+        trunk: `model.trunk.state_dict()` as arrays, or from `attach`.
         heads: `model.heads.state_dict()` as arrays; a generator's lm head must be untied (own its matrix).
         device: where the model works; on another device than the CPU the trunk is copied there once.
         own_heads: copy the heads and let them train; otherwise they lie in the given arrays too.

@@ -26,6 +26,9 @@ class ClusterSection:
     """The same for its reward actors."""
     learner_gpus: float = 0.4
     """GPUs booked for each rank's learner; at most 1."""
+    share_gpu_trunk: bool = False
+    """Actors of one GPU use one copy of the trunk by CUDA IPC (Ray Direct Transport, alpha), where grpo.trainable is
+    heads; otherwise each has its own."""
     placement: str = "PACK"
     """Ray's strategy over nodes: `PACK` (as few as will do), `SPREAD`, or `STRICT_PACK` (one node). A reward actor
     always stands beside its generator where anything is booked for them."""

@@ -35,7 +35,7 @@ import torch
 
 from actors.generator import Generator
 from actors.reward import Reward
-from actors.trunk_store import Blueprint, publish, seal, to_arrays
+from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
 from grpo.checkpoint import load_checkpoint, load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
@@ -57,7 +57,7 @@ from pipelines.rounds import newest_round, worker_loop
 from pipelines.sample import find_checkpoint
 from pipelines.tracking import Tracker, tracking_uri
 
-BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base")
+BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")
 """Fields of `grpo` that change no round (but for the order of summation)."""
 
 
@@ -224,9 +224,10 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     }
     scored = {"functions": tuple(grpo.rewards), "tokenizer": open_dataset(paths.dataset).tokenizer}
     started: list[Any] = []
+    share = config.cluster.share_gpu_trunk and device == "cuda" and grpo.trainable == "heads"
 
     def start(kind: type, options: dict[str, Any], heads: Any, settings: dict[str, Any]) -> Any:
-        remote = ray.remote(max_restarts=3, max_task_retries=3, **options)(kind)
+        remote = ray.remote(max_restarts=3, max_task_retries=3, enable_tensor_transport=share, **options)(kind)
         started.append(remote.remote(blueprint, seal(trunk), seal(heads), **settings, **common))
         return started[-1]
 
@@ -234,6 +235,8 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     with places as pairs, ending(started):
         generators = [start(Generator, options, heads, rolling) for options, _ in pairs]
         rewards = [start(Reward, options, scoring, scored) for _, options in pairs]
+        if share:
+            share_on_gpus(started, config.run.timeout_s)
         yield Job(
             config=config,
             dataset=paths.dataset,

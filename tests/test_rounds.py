@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.checkpoint import latest_checkpoint, load_checkpoint, load_model, save_checkpoint
 from grpo.config import (
     ClusterSection,
     Config,
@@ -44,7 +44,7 @@ def configure(**grpo):
     settings = {"rounds": ROUNDS, "prompts": 4, "group_size": 4, "prompt_tokens": 4, "residual": 8,
                 "learning_rate": 1e-2, "rollout_actors": 2, "rewards": {"grpo.example_rewards:vowel_share": 1.0}}
     return Config(
-        run=RunSection(threads=1, timeout_s=60), data=DataSection(block_size=16),
+        run=RunSection(threads=1, timeout_s=300), data=DataSection(block_size=16),
         model=ModelSection(n_layer=1, n_head=2, n_embd=16), denoise=DenoiseSection(steps=2),
         grpo=GrpoSection(**settings | grpo),
         reward=RewardSection(hidden=8, batch_size=16, warmup_rounds=WARMUP, warmup_steps=2, min_steps=1, max_steps=2,
@@ -95,6 +95,21 @@ def test_one_actor_or_two_give_the_same_figures(steady, paths, tmp_path):
     alone, _ = run(replace(config, cluster=booked), paths, tmp_path)
     for mine, theirs in zip(alone, steady[0][0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(("what", "age"), [("lora", 1), ("all", 0)])
+def test_adapters_and_trunks_travel_train_and_resume(paths, tmp_path, what, age):
+    config = configure(trainable=what, lora_rank=2, max_staleness=age, replay_steps=1, micro_batch=3, rounds=4)
+    history, tensors = run(config, paths, tmp_path / "stopped", stop_at=4)
+    undisturbed, same = run(config, paths, tmp_path / "steady")
+    assert history == undisturbed and all(torch.equal(tensors[name], same[name]) for name in same)
+    assert history[-1]["kl"] > 0 and ("importance" in history[-1]) == bool(age)
+    if not age:
+        assert history[-1]["ratio"] == pytest.approx(1, abs=1e-4)  # the actors act with the learner's trunk
+    model = load_model(latest_checkpoint(tmp_path / "steady" / "checkpoints"))
+    base = load_model(paths.base)
+    assert model.state_dict().keys() >= base.state_dict().keys()
+    assert not torch.equal(model.trunk.blocks[0].mlp.up.weight, base.trunk.blocks[0].mlp.up.weight)
 
 
 def test_a_users_reward_can_do_without_an_adversary(paths, tmp_path):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from actors.trunk_store import Blueprint, fetch, load_heads, mount, to_arrays, to_tensors
+from actors.reward import Reward
+from actors.trunk_store import (
+    Blueprint,
+    Tenant,
+    attach,
+    fetch,
+    load_heads,
+    mount,
+    share_on_gpus,
+    to_arrays,
+    to_tensors,
+)
 from grpo.config import ModelSection, RewardSection
 from grpo.model import GPT
 from grpo.tokenizer import Vocabulary
@@ -119,3 +130,39 @@ print(before, "sympy" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "False"], done.stdout + done.stderr
+
+
+def test_models_of_one_process_share_what_is_attached():
+    trunk, heads = parts(a_model())
+    attached = attach(trunk, "cpu")
+    models = [mount(BLUEPRINT, "generator", attached, heads, lm_residual=4) for _ in range(2)]
+    for name, array in trunk.items():
+        addresses = {model.trunk.state_dict()[name].data_ptr() for model in models}
+        assert addresses == {array.__array_interface__["data"][0]}
+
+
+def test_a_borrowed_trunk_is_the_lenders_memory_and_frozen():
+    trunk, heads = parts(a_model())
+    lender, borrower = Tenant(), Tenant()
+    for tenant, own in ((lender, trunk), (borrower, {name: array.copy() for name, array in trunk.items()})):
+        tenant.model = mount(BLUEPRINT, "generator", own, heads, lm_residual=4)
+    borrower.borrow(lender.lend())
+    for own, lent in zip(borrower.model.trunk.parameters(), lender.model.trunk.parameters(), strict=True):
+        assert own.data_ptr() == lent.data_ptr() and not own.requires_grad
+    assert torch.equal(borrower.model.encode(TOKENS), lender.model.encode(TOKENS)) and borrower.model.trunk.frozen
+
+
+@pytest.mark.ray
+def test_actors_that_cannot_borrow_keep_their_own_trunk(ray_session):
+    """Without CUDA the transfer itself fails, as it does between two GPUs."""
+    import ray
+
+    trunk, _ = parts(a_model())
+    remote = ray.remote(enable_tensor_transport=True, num_cpus=0)(Reward)
+    scoring = to_arrays(BLUEPRINT.build("reward").heads.state_dict())
+    actors = [remote.remote(BLUEPRINT, trunk, scoring, threads=1) for _ in range(2)]
+    assert share_on_gpus(actors, 300) == 0
+    for own in ray.get([actor.lend.remote() for actor in actors], timeout=300):
+        assert all(np.array_equal(own[name].numpy(), array) for name, array in trunk.items())
+    for actor in actors:
+        ray.kill(actor)
