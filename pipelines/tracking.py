@@ -8,18 +8,17 @@ process ends is sent by the next one of the same run and writer.
    same MLflow run. Steps that the store already holds, because they came after the checkpoint that is resumed from, are
    not stored twice: a replayed metric is dropped where its name and step are there.
 2. MLflow has no transaction over a lost answer; a retried batch keeps its timestamps, which makes it the same rows.
-3. Names are checked here and not by the server, whose refusal would come too late: characters are replaced, and a name
-   that is also another's folder (`loss` and `loss/policy`) raises `ValueError` at once.
+3. Names are checked by `metric_names.py` and not by the server, whose refusal would come too late.
 4. The default store is SQLite in the output folder, by absolute path, because under `ray job submit` the current folder
    is temporary. It is for one machine; a cluster sets MLFLOW_TRACKING_URI to a server.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import threading
@@ -30,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import TrackingSection
+from pipelines.metric_names import MetricNames, flatten
 
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
-MAX_PARAM_CHARS = 500  # what every MLflow server of the last years takes
 BATCH = 1000  # metrics per request, MLflow's limit
 MODEL_NEEDS = ["torch", "numpy", "pyarrow", "tiktoken", "omegaconf", "safetensors"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,53 +44,6 @@ def tracking_uri(section: TrackingSection, output: str | Path) -> str:
     """The configured URI, else MLFLOW_TRACKING_URI, else a SQLite store in `output`."""
     uri = section.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     return uri or f"sqlite:///{Path(output).expanduser().resolve() / 'mlflow.db'}"
-
-
-def metric_name(name: str) -> str:
-    """A name that every MLflow server takes: letters, digits, `_`, `-`, `.`, space and single inner slashes."""
-    parts = (re.sub(r"[^A-Za-z0-9_.\- ]", "_", part).strip() for part in name.split("/"))
-    clean = "/".join(part for part in parts if part not in ("", ".", ".."))
-    if not clean:
-        raise ValueError(f"metric name {name!r} holds no letter or digit; rename it")
-    return clean[:250]
-
-
-class MetricNames:
-    """Names of one run, sanitised, refused where one is another's folder or two become one."""
-
-    def __init__(self) -> None:
-        self._sources: dict[str, str] = {}
-        self._folders: dict[str, str] = {}
-
-    def __call__(self, name: str) -> str:
-        clean = metric_name(name)
-        if self._sources.get(clean) == name:
-            return clean
-        if clean in self._sources:
-            raise ValueError(f"metrics {self._sources[clean]!r} and {name!r} are both {clean!r} in MLflow; rename one")
-        parts = clean.split("/")
-        folders = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-        if clean in self._folders:
-            raise ValueError(f"metric {name!r} is also the folder of {self._folders[clean]!r}; rename one")
-        for folder in folders:
-            if folder in self._sources:
-                raise ValueError(f"metric {self._sources[folder]!r} is also the folder of {name!r}; rename one")
-        self._sources[clean] = name
-        for folder in folders:
-            self._folders[folder] = name
-        return clean
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and text values of a resolved config; values over 500 characters are cut."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            text = str(value)
-            flat[prefix + key] = text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
-    return flat
 
 
 class Tracker:
@@ -376,11 +328,15 @@ class Tracker:
         """Append to the file what waits and is not in it; without a disk to write on, memory has to do."""
         with self._changed:
             waiting = list(self._pending)[self._written:]
+            whole = 0
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                whole = self._file.stat().st_size if self._file.exists() else 0
                 with open(self._file, "a") as file:
                     file.write("".join(json.dumps(record) + "\n" for record in waiting))
             except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._file, whole)  # a full disk takes a part of them
                 return
             self._written += len(waiting)
 

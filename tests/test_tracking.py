@@ -1,13 +1,20 @@
 import json
+import os
+import resource
 import shutil
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import matplotlib
 import pytest
 
 from grpo.config import TrackingSection
-from pipelines.tracking import MetricNames, Tracker, flatten, metric_name, tracking_uri
+from grpo.text_generator import TextGenerator
+from pipelines.metric_names import MetricNames, flatten, metric_name
+from pipelines.tracking import Tracker, tracking_uri
 
 matplotlib.use("Agg")
 SECTION = TrackingSection(experiment="test")
@@ -284,3 +291,44 @@ def test_processes_that_start_at_once_share_one_experiment(tmp_path, client):
     runs = [client().get_run(run_id) for run_id in ids]
     assert len(set(ids)) == 4 and len({run.info.experiment_id for run in runs}) == 1
     assert all(run.data.metrics == {"x": float(run.info.run_name[-1])} for run in runs)
+
+
+def test_a_full_disk_stops_nothing_and_what_waited_is_stored_when_there_is_space(tmp_path, client):
+    """Every write beyond a few kilobytes fails, as on a full disk: the store's, and after them the buffer's."""
+    warnings = []
+    with track(tmp_path, warn=warnings.append) as tracker:
+        tracker.log({"x": 0.0}, 0)
+        assert tracker.flush(60)
+        run_id, (_, hard) = tracker.run_id, resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            for step in range(1, 500):
+                tracker.log({"x": float(step)}, step)
+            assert not tracker.flush(60) and (tmp_path / "run" / "unsent-driver.jsonl").read_text() == ""
+            tracker.table("texts", [["long" * 1000]], ["text"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        while not tracker.flush(60):
+            pass
+    assert history(client(), run_id, "x") == [(step, float(step)) for step in range(500)]
+    said = " ".join(warnings)
+    assert len(warnings) == 3 and all(words in said for words in ("does not answer", "was not written", "is back"))
+    assert not (tmp_path / "run" / "unsent-driver.jsonl").exists()
+
+
+def test_a_logged_model_writes_text_in_a_process_without_the_project(tmp_path, client):
+    from tests.test_text_generator import checkpoint
+
+    folder = checkpoint(tmp_path)[0]
+    with track(tmp_path) as tracker:
+        tracker.model(folder)
+        run_id = tracker.run_id
+    script = f"""import mlflow, sys
+mlflow.set_tracking_uri("{tracking_uri(SECTION, tmp_path)}")
+model = mlflow.pytorch.load_model("runs:/{run_id}/model")
+assert "{Path(__file__).parent.parent}" not in sys.modules["grpo"].__file__
+sys.stdout.buffer.write(repr(model("the ", num=2, seed=3)).encode())
+"""
+    environment = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.stdout.decode() == repr(TextGenerator(folder)("the ", num=2, seed=3)), done.stderr.decode()
