@@ -59,7 +59,9 @@ def pair_logprobs(dataset: Dataset, length: int) -> Tensor:
     return (pairs + 1.0).log() - (pairs + 1.0).sum(1, keepdim=True).log()
 
 
-def rolled_out(model: GPT, config: Config, dataset: Dataset, *, prompts: int, steps: int, seed: int, replay: bool) -> Rollout:
+def rolled_out(
+    model: GPT, config: Config, dataset: Dataset, *, prompts: int, steps: int, seed: int, replay: bool
+) -> Rollout:
     natural = windows(dataset, "train", prompts, config.data.block_size, seed)
     return roll_out(
         model, natural.tokens, natural.attention_mask, prompt_tokens=config.grpo.prompt_tokens,
