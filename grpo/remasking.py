@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from grpo.mask_bias import mask_log_odds
 from grpo.model import GPT
 from grpo.noise import gumbels
-from grpo.wavefront import slices
+from grpo.wavefront import state_slices
 
 REMASK = 5  # purpose of noise; wavefront.py has the others
 _LEAST = -1e-12  # log-probability of a token that is certain, so that log P(wrong) stays finite
@@ -142,7 +142,7 @@ def log_wrong_from_confidence(confidences: Tensor) -> Tensor:
 def log_mask_probability(model: GPT, hidden: Tensor, mask_bias: Tensor | float) -> Tensor:
     """[N, C] states -> [N] float64 log P([MASK]) over text and [MASK], with the bias, in bounded memory."""
     parts = []
-    for part in slices(len(hidden), model.vocabulary.size):
+    for part in state_slices(model, hidden):
         odds = mask_log_odds(model.heads["lm"](hidden[part]), model.vocabulary)
         parts.append(F.logsigmoid(odds.double() + mask_bias))
     return torch.cat(parts)

@@ -35,7 +35,7 @@ from grpo.noise import uniforms
 
 PROPOSE, SEED, HIDE_LEFT, HIDE_RIGHT = 1, 2, 3, 4  # purposes of noise; remasking.py has its own
 _FAR = 1 << 40  # distance to a known token that does not exist
-_LOGITS_AT_ONCE = 1 << 26  # bounds the memory of [M, V] tables: float64, 0.5 GB
+_LOGITS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # of [M, V] tables, float64: 2 MB, in the cache; 0.5 GB
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,16 @@ def sample_tokens(
     return Sampled(tokens[:, 0], chosen, plain, support, entropies)
 
 
-def slices(num: int, width: int, at_once: int = _LOGITS_AT_ONCE) -> Iterator[slice]:
-    """Cut num positions so that a table of `width` columns stays within a fixed memory; one empty slice for num = 0."""
+def slices(num: int, width: int, at_once: int) -> Iterator[slice]:
+    """Cut num positions so that a table of `width` columns has at most `at_once` entries; one empty for num = 0."""
     size = max(1, at_once // width)
     for start in range(0, max(num, 1), size):
         yield slice(start, min(start + size, num))
+
+
+def state_slices(model: GPT, hidden: Tensor) -> Iterator[slice]:
+    """Slices of [M, C] states whose tables over the vocabulary suit the device."""
+    return slices(len(hidden), model.vocabulary.size, _LOGITS_AT_ONCE[hidden.device.type])
 
 
 def sampler_states(model: GPT, hidden: Tensor, neighbors: Tensor) -> Tensor:
@@ -186,7 +191,7 @@ def propose(
 ) -> Sampled:
     """Draw a token at each of M positions from `proposal_logits`, in bounded memory; all of `Sampled` if recorded."""
     parts = []
-    for part in slices(len(hidden), model.vocabulary.size):
+    for part in state_slices(model, hidden):
         logits = proposal_logits(
             model,
             hidden[part],
@@ -244,7 +249,7 @@ def _seeds(confidence: Tensor, unreached: Tensor, wall: Tensor, ratio: float) ->
 def _confidences(model: GPT, hidden: Tensor) -> Tensor:
     """[M] float64: the lm head's largest text log-probability, rounded to 2^-10 nats."""
     parts = []
-    for part in slices(len(hidden), model.vocabulary.size):
+    for part in state_slices(model, hidden):
         parts.append(proposal_logprobs(proposal_logits(model, hidden[part]), 1.0).amax(-1))
     return (torch.cat(parts).double() * 1024).round()
 
