@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,9 @@ from torch import Tensor
 from actors.classifier import Teacher, TokenClassifier
 from actors.judge import Judge, judge_config
 from benchmarks.adversarial import Adversary, fit, generate, train_base
-from benchmarks.wavefront_speed import T_95
+from benchmarks.tables import print_table as print_table
+from benchmarks.tables import spread as spread
+from benchmarks.tables import summarise as summarise
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
 from grpo.config import Config
 from grpo.config_file import config_hash, load_config, to_dict
@@ -232,33 +233,3 @@ class Texts:
         """Judge NLL at that entropy; NaN where no temperature up to 2 comes within 3 % of it."""
         figures = self.at_entropy(write, entropy)
         return figures["judge_nll"] if abs(figures["entropy"] / entropy - 1) < 0.03 else float("nan")
-
-
-def spread(values: list[float]) -> float | None:
-    """Half width of the 95 % interval of the mean over seeds (Student's t); None for one seed."""
-    if len(values) < 2:
-        return None
-    return T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
-
-
-def summarise(runs: list[dict[str, float]]) -> dict[str, float | None]:
-    """Mean of each figure over seeds, and `<name>_ci95` where there are several."""
-    means = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
-    if len(runs) < 2:
-        return means
-    return means | {f"{name}_ci95": spread([run[name] for run in runs]) for name in runs[0]}
-
-
-def print_table(title: str, rows: dict[str, list[dict[str, float]]]) -> None:
-    """One line per row name: each figure's mean over seeds, and its interval where there are several."""
-    columns = list(next(iter(rows.values()))[0])
-    width = max(map(len, [title, *rows])) + 2
-    print("\n" + title.ljust(width) + "".join(name.rjust(max(18, len(name) + 2)) for name in columns))
-    for name, runs in rows.items():
-        cells = []
-        for column in columns:
-            values = [run[column] for run in runs]
-            half = spread(values)
-            cells.append(f"{statistics.fmean(values):.4g}" + ("" if half is None else f" +-{half:.2g}"))
-        print(name.ljust(width) + "".join(c.rjust(max(18, len(n) + 2)) for n, c in zip(columns, cells, strict=True)),
-              flush=True)

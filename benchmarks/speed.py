@@ -23,15 +23,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.models import print_table, summarise
+from benchmarks.tables import print_table, summarise
 
 Figures = dict[str, float]
 clock = time.perf_counter
 """Seconds, of the wall or, with `--cpu-time`, of this process's threads."""
 
 
-def run(doc: str, measure: Callable[[argparse.Namespace, int], Figures], *, device: bool = False) -> None:
-    """A benchmark's main: parse, measure once per seed, print the table and the JSON line of its figures."""
+def run(
+    doc: str, measure: Callable[[argparse.Namespace, int], Figures], *, device: bool = False, under: str = ""
+) -> None:
+    """A benchmark's main: parse, measure once per seed, print the table and the JSON line of its figures.
+
+    Args:
+        measure: (command line, seed) -> figures by name.
+        device: add `--device`.
+        under: put all figures under this key of the JSON object.
+    """
     global clock
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cases and turns")
@@ -50,7 +58,8 @@ def run(doc: str, measure: Callable[[argparse.Namespace, int], Figures], *, devi
         torch.manual_seed(seed)
         runs.append(measure(args, seed))
     print_table("figure", {name: [{"value": figures[name]} for figures in runs] for name in runs[0]})
-    print(json.dumps({name: value if value is None else round(value, 4) for name, value in summarise(runs).items()}))
+    figures = {name: value if value is None else round(value, 4) for name, value in summarise(runs).items()}
+    print(json.dumps({under: figures} if under else figures))
 
 
 def require_peer(package: str, script: str) -> None:
