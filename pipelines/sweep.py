@@ -202,6 +202,7 @@ def _search(shared: Shared, display: Display) -> None:
             verbose=0,
             stop={"training_iteration": reports},
             failure_config=tune.FailureConfig(max_failures=1),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial's folder is its checkpoint
             callbacks=[_news(shared, display, samples * total)],
         ),
     )

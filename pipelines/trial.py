@@ -108,7 +108,7 @@ class Trial:
             try:
                 self._advance()
             except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 write_json(self.folder / "trial.json", {**self.record, "status": "failed", "reason": reason})
                 raise
         self.reported += 1
