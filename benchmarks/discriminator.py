@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.grammar import END, decoded, is_sorted, sentence_of, settings
+from benchmarks.grammar import is_sorted, sentences, settings
 from benchmarks.models import dataset_of, generator, load_generator, parse, print_table, summarise
 
 # isort: split
@@ -35,6 +35,7 @@ from grpo.data import Batch, Dataset
 from grpo.metrics import auroc
 from grpo.model import GPT
 from grpo.reward_loss import dense_rewards, log_odds
+from grpo.trajectory import Rollout
 
 POOLINGS, LOSSES = ("last", "mean", "both"), ("bce", "mse", "bradley_terry")
 VARIANTS = {
@@ -47,12 +48,16 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def in_order(tokens: Tensor) -> Tensor:
-    """[B, T] bool: letters not above the next one nor below the one before; the end counts as the highest."""
-    ranks = tokens.masked_fill(tokens == ord(END), 255)
-    falls = ranks[:, 1:] < ranks[:, :-1]
+def in_order(tokens: Tensor, real: Tensor) -> Tensor:
+    """[B, T] bool: characters not above the next one nor below the one before; `real` [B, T] is False at pads."""
+    falls = (tokens[:, 1:] < tokens[:, :-1]) & real[:, 1:]
     none = torch.zeros_like(falls[:, :1])
     return ~(torch.cat([falls, none], 1) | torch.cat([none, falls], 1))
+
+
+def is_valid(dataset: Dataset, rollout: Rollout) -> Tensor:
+    """[B] bool."""
+    return torch.tensor([is_sorted(each) for each in sentences(dataset, Batch(rollout.tokens, rollout.attention_mask))])
 
 
 def measure(args: argparse.Namespace, seed: int, dataset: Dataset, base: GPT, overrides: list[str]) -> dict[str, float]:
@@ -70,8 +75,8 @@ def measure(args: argparse.Namespace, seed: int, dataset: Dataset, base: GPT, ov
         adversary.heads, 0, 0.0, round, torch.arange(grpo.prompts), prompts.tokens, prompts.attention_mask
     )
     scores = adversary.reward.score(adversary.scoring, round, rollout)
-    valid = torch.tensor([is_sorted(sentence_of(text)) for text in decoded(dataset, rollout.tokens)])
-    right, mask = in_order(rollout.tokens), rollout.completion_mask
+    valid, mask = is_valid(dataset, rollout), rollout.completion_mask
+    right = in_order(rollout.tokens, rollout.attention_mask)
 
     def token_auroc(signal: str) -> float:
         rewards = dense_rewards(scores.logits, scores.token_logits, mask, credit=grpo.credit, signal=signal,
