@@ -46,7 +46,7 @@ from pipelines.launch import quiet, start_ray
 
 KINDS = ("generator", "generator", "reward", "reward")
 RESIDUAL = 256
-REPEATS = 7
+REPEATS = 5
 
 
 class Holder:
@@ -149,6 +149,7 @@ def measure(section: ModelSection, dtype: torch.dtype, seed: int, scratch: Path)
     ray.get([actor.touch.remote() for actor in actors])
     copied = pss(pids) - before
 
+    print(f"{dtype}: shared {shared / sizes['trunk']:.2f} and copied {copied / sizes['trunk']:.2f} trunks", flush=True)
     ways = {"mount": lambda: actors[0].mount.remote(*sealed["generator"]),
             "copy": lambda: actors[0].copy.remote(*sealed["generator"]),
             "read": lambda: actors[0].read.remote(str(checkpoint))}
