@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.tables import spread
 from grpo.config import MaskBiasSection
 from grpo.corruption import Corrupted, corrupt, ramp, stratified_rows
 from grpo.diffusion_loss import corrective_denominator, corrective_loss
@@ -145,11 +146,6 @@ def mean(values: list[float]) -> float:
     return statistics.fmean(values)
 
 
-def interval(values: list[float]) -> float:
-    """Half width of the normal 95 % interval of the mean over seeds; 0 for one seed."""
-    return 1.96 * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
 def describe(steps: list[int | None]) -> str:
     """Mean settling time over runs; "never" if one of them does not settle."""
     return "never" if None in steps else f"{mean(steps):.0f}"
@@ -217,7 +213,7 @@ def main() -> None:
         json.dumps(
             {
                 "settled_mask_prob": mean([phase["settled_mask_prob"] for phase in phases]),
-                "settled_mask_prob_ci95": interval([phase["settled_mask_prob"] for phase in phases]),
+                "settled_mask_prob_ci95": spread([phase["settled_mask_prob"] for phase in phases]),
                 "settle_steps": None if None in settles else max(settles),
                 "overshoot": max(phase["overshoot"] for phase in phases),
                 "largest_deviation_when_settled": max(phase["final_spread"] for phase in phases),

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from benchmarks.tables import spread
 from grpo.config import ModelSection
 from grpo.model import GPT
 from grpo.noise import row_seeds, uniforms
@@ -37,7 +38,6 @@ from grpo.tokenizer import Vocabulary
 from grpo.wavefront import PROPOSE, WavefrontResult, proposal_logits, sample_tokens, wavefront_fill
 
 ROWS, COLUMNS = 64, 256
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def make_model(seed: int, device: str) -> GPT:
@@ -126,9 +126,7 @@ def main() -> None:
     print(f"{'case':14}{'loop ms':>12}{'wavefront ms':>14}{heads}")
     for name, values in speedups.items():
         loop_ms, wave_ms, waves, per_wave = (statistics.mean(column) for column in zip(*figures[name], strict=True))
-        half_width = math.nan
-        if len(values) > 1:
-            half_width = T_95.get(len(values), 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+        half_width = spread(values) or math.nan
         print(f"{name:14}{loop_ms:12.0f}{wave_ms:14.1f}{waves:8.0f}{per_wave:13.1f}"
               f"{statistics.mean(values):10.1f}{half_width:10.1f}")
     print(json.dumps({
