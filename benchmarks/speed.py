@@ -36,7 +36,7 @@ def run(
     """A benchmark's main: parse, measure once per seed, print the table and the JSON line of its figures.
 
     Args:
-        measure: (command line, seed) -> figures by name.
+        measure: (command line, seed) -> figures by name; None where the machine has no such thing.
         device: add `--device`.
         under: put all figures under this key of the JSON object.
     """
@@ -57,8 +57,10 @@ def run(
         torch.set_num_threads(args.threads)
         torch.manual_seed(seed)
         runs.append(measure(args, seed))
+    absent = [name for name, value in runs[0].items() if value is None]
+    runs = [{name: value for name, value in figures.items() if name not in absent} for figures in runs]
     print_table("figure", {name: [{"value": figures[name]} for figures in runs] for name in runs[0]})
-    figures = {name: value if value is None else round(value, 4) for name, value in summarise(runs).items()}
+    figures = {name: round(value, 4) for name, value in summarise(runs).items()} | dict.fromkeys(absent)
     print(json.dumps({under: figures} if under else figures))
 
 
