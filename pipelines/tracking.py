@@ -141,7 +141,7 @@ class Tracker:
         self._wait(lambda failures: self._stored() or self._failures > failures, timeout_s)
         return self._stored()
 
-    def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+    def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> None:
         """Send what is left, set the run's status (FINISHED, FAILED, KILLED) unless attached, and end the thread."""
         if self._closing:
             return
