@@ -1,0 +1,61 @@
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import frontier
+from benchmarks.frontier import above_zero, gains
+from benchmarks.models import remembered
+from benchmarks.stability import judged
+from grpo.config import Config, RewardSection, RunSection
+
+
+def test_figures_are_computed_once_for_what_decides_them(tmp_path):
+    config, calls = Config(run=RunSection(cache=str(tmp_path))), []
+
+    def compute():
+        calls.append(1)
+        return {"x": len(calls)}
+
+    assert remembered(config, compute, "kind", 8, 0.5) == remembered(config, compute, "kind", 8, 0.5) == {"x": 1}
+    assert remembered(config, compute, "kind", 8, 0.6) == {"x": 2}
+    other = Config(run=RunSection(cache=str(tmp_path), seed=1))
+    assert remembered(other, compute, "kind", 8, 0.5) == {"x": 3}
+
+
+def test_a_computation_that_fails_leaves_nothing_to_be_remembered(tmp_path):
+    config = Config(run=RunSection(cache=str(tmp_path)))
+    with pytest.raises(ZeroDivisionError):
+        remembered(config, lambda: {"x": 1 / 0}, "kind")
+    assert remembered(config, lambda: {"x": 5}, "kind") == {"x": 5}
+
+
+def test_each_gain_is_over_the_base_kind_that_is_best_by_that_measure(monkeypatch):
+    trained = {"entropy": 2.0, "c2st": 0.7, "ngram_js": 0.5, "judge_nll": 3.0}
+    rows = {
+        "random": {"entropy": 2.001, "c2st": 0.75, "ngram_js": 0.58, "judge_nll": 3.5},
+        "sampler": {"entropy": 1.999, "c2st": 0.80, "ngram_js": 0.53, "judge_nll": 3.25},
+        "critic": {"entropy": 1.8, "c2st": 0.1, "ngram_js": 0.1, "judge_nll": 0.1},  # found no such entropy
+    }
+    monkeypatch.setattr(frontier, "matched", lambda config, texts, base, kind, forwards, entropy: rows[kind])
+    found = gains(Config(), SimpleNamespace(), None, trained, list(rows), 8)
+    assert {name: found[f"{name}_gain"] for name in ("c2st", "ngram_js", "judge_nll")} == pytest.approx(
+        {"c2st": 0.05, "ngram_js": 0.03, "judge_nll": 0.25}
+    )
+    with pytest.raises(ValueError, match="no temperature gives the base"):
+        gains(Config(), SimpleNamespace(), None, trained, ["critic"], 8)
+
+
+def test_a_gain_counts_when_its_interval_leaves_out_zero():
+    assert above_zero([0.2, 0.21, 0.19, 0.2, 0.2])
+    assert not above_zero([0.2, -0.1, 0.3, 0.1, -0.05])
+    assert not above_zero([-0.2, -0.2, -0.2]) and not above_zero([0.5])
+
+
+def test_a_seed_survives_by_its_worst_measurement():
+    config = Config(reward=RewardSection(band_low=0.6, band_high=0.8))
+    points = [{"entropy": 1.0, "distinct_4": 1.3, "round": 50}, {"entropy": 0.94, "distinct_4": 1.2, "round": 100},
+              {"entropy": 1.1, "distinct_4": 1.4, "round": 150}]
+    row = judged(config, {"points": points, "accuracies": [0.5, 0.7, 0.8, 0.9]})
+    assert (row["survived"], row["entropy_kept"], row["in_band"]) == (0.0, 0.94, 0.5)
+    points[1]["entropy"] = 0.96
+    assert judged(config, {"points": points, "accuracies": [0.7]})["survived"] == 1.0
