@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults import Nodes, Run, difference, finished
 from grpo.checkpoint import load_checkpoint, load_model
 from grpo.config import (
     Config,
@@ -146,3 +147,23 @@ def test_a_reward_that_nobody_has_is_said_before_anything_starts(tmp_path, rewar
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+def test_a_run_on_a_cluster_outlives_the_node_of_its_learner(config, steady, tmp_path):
+    """Three nodes on this machine; the one with the Train worker, and the actors beside it, is killed mid-run."""
+    undisturbed, output = steady
+    save_config(replace(config, run=replace(config.run, name="outlived")), tmp_path / "config.yaml")
+    nodes = Nodes()
+    try:
+        run = Run(nodes, output / "outlived", ["--config", str(tmp_path / "config.yaml")])
+        run.wait_for_round(4)
+        nodes.kill(nodes.of(nodes.processes("learner")[0]))
+        found = run.finish()
+    finally:
+        nodes.cluster.shutdown()
+    assert difference(found, finished(output / "steady")) == 0
+    for name, first in (("reward_accuracy", 1), ("kl", WARMUP + 1)):
+        assert logged(output, found["summary"]["mlflow_run_id"], name) == list(range(first, ROUNDS + WARMUP + 1))
+    for row in ROWS:
+        assert {k: found["summary"][row][k] for k in FIGURES} == {k: undisturbed[row][k] for k in FIGURES}
