@@ -38,14 +38,14 @@ from grpo.data import Batch, Dataset, windows
 from grpo.model import GPT
 from grpo.text_quality import ngram_js
 
-BLOCK = 20
+BLOCK = 12
 PAIRS = ("()", "[]", "{}", "<>")
-SENTENCES = 20_000
+SENTENCES = 30_000
 
 
 def sorted_sentence(rng: Random) -> str:
-    """4 to 20 letters in alphabetical order."""
-    return "".join(sorted(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, 20))))
+    """4 to 12 letters in alphabetical order."""
+    return "".join(sorted(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(4, BLOCK))))
 
 
 def is_sorted(sentence: str) -> bool:
@@ -53,8 +53,8 @@ def is_sorted(sentence: str) -> bool:
 
 
 def bracket_sentence(rng: Random) -> str:
-    """2 to 10 balanced pairs; at each place opening and closing are equally likely where both may stand."""
-    left, waiting, sentence = rng.randint(2, 10), [], ""
+    """2 to 6 balanced pairs; at each place opening and closing are equally likely where both may stand."""
+    left, waiting, sentence = rng.randint(2, BLOCK // 2), [], ""
     while left or waiting:
         if left and (not waiting or rng.random() < 0.5):
             pair = rng.choice(PAIRS)
@@ -105,15 +105,14 @@ def figures(grammar: str, texts: list[str], natural: list[str]) -> dict[str, flo
 
 
 def settings(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
-    """The config of one seed: a small generator and 8 steps."""
+    """The config of one seed: a very small generator."""
     sizes = [
-        "model.n_layer=2", "model.n_embd=64", "pretrain.steps=1000", "sampler.start=300", "critic.start=400",
-        "critic.end=500", f"data.block_size={BLOCK}", "data.layout=documents",
-        "data.validation_fraction=0.2", "data.judge_fraction=0", "grpo.prompt_tokens=1", "denoise.steps=8",
-        "evaluation.samples=1024",
+        "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "pretrain.steps=800", "sampler.start=200",
+        "critic.start=300", "critic.end=400", f"data.block_size={BLOCK}", "data.layout=documents",
+        "data.validation_fraction=0.2", "data.judge_fraction=0", "grpo.prompt_tokens=1", "evaluation.samples=1024",
     ]  # fmt: skip
     if args.quick:
-        sizes += ["pretrain.steps=300", "sampler.start=60", "critic.start=100", "critic.end=120", "grpo.rounds=15",
+        sizes += ["pretrain.steps=400", "sampler.start=60", "critic.start=100", "critic.end=120", "grpo.rounds=20",
                   "reward.warmup_rounds=3", "evaluation.samples=512"]
     source = corpus(args.grammar, Path(args.cache).expanduser())
     return configure(args, seed, f"data.source={source}", *sizes, *overrides)

@@ -22,8 +22,8 @@ def reduces_to_nothing(sentence):
 def test_every_sentence_made_is_valid_and_fits(grammar):
     rng, (make, valid) = Random(1), GRAMMARS[grammar]
     sentences = [make(rng) for _ in range(300)]
-    assert all(map(valid, sentences)) and len(set(sentences)) > 280
-    assert {len(sentence) for sentence in sentences} == set(range(4, 21, 1 if grammar == "sorted" else 2))
+    assert all(map(valid, sentences)) and len(set(sentences)) > 200
+    assert {len(sentence) for sentence in sentences} == set(range(4, 13, 1 if grammar == "sorted" else 2))
 
 
 def test_brackets_agree_with_striking_out_pairs():
