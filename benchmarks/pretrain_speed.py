@@ -103,6 +103,8 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, float]:
             f"tokens_per_s_v{vocabulary}": ROWS * COLUMNS / statistics.median(times["ours"]),
             f"hf_tokens_per_s_v{vocabulary}": ROWS * COLUMNS / statistics.median(times["peer"]),
         }
+        print(f"{vocabulary} tokens of vocabulary: " + ", ".join(
+            f"{name} {1e3 * statistics.median(each):.0f} ms" for name, each in times.items()), flush=True)
     rows = 8
     step, model = our_step(seed, 256, rows, n_layer=6, n_head=6, n_embd=384)
     rates: list[float] = []
