@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -198,7 +199,6 @@ def main() -> None:
         gaps = {f"k = {k}": pair_gaps(model, contexts, k) for k in TOKENS_PER_STEP}
         figures |= recovered(list(gaps.values()))
         seeds = bootstraps(model, texts)
-        figures["best_bootstrap_ratio"] = min(RATIOS, key=lambda ratio: seeds[f"ratio {ratio}"]["trigram_js"])
         for kept, new in zip(tables, (table, gaps, seeds), strict=True):
             kept.append(new)
         runs.append(figures)
@@ -206,7 +206,8 @@ def main() -> None:
               "no prompt, 4 steps, by bootstrap ratio")
     for title, kept in zip(titles, tables, strict=True):
         print_table(title, {name: [rows[name] for rows in kept] for name in kept[0]})
-    print(json.dumps(summarise(runs) | {"seeds": args.seeds, "quick": args.quick}))
+    best = min(RATIOS, key=lambda ratio: statistics.fmean(rows[f"ratio {ratio}"]["judge_nll"] for rows in tables[2]))
+    print(json.dumps(summarise(runs) | {"best_bootstrap_ratio": best, "seeds": args.seeds, "quick": args.quick}))
 
 
 if __name__ == "__main__":
