@@ -1,0 +1,234 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import pipelines.grpo
+from grpo.checkpoint import load_checkpoint
+from grpo.config import (
+    Config,
+    CriticSection,
+    DataSection,
+    EvaluationSection,
+    GrpoSection,
+    ModelSection,
+    PretrainSection,
+    RewardSection,
+    RunSection,
+    SweepSection,
+)
+from grpo.config_file import load_config, save_config, with_values
+from pipelines.sweep import _decides_of_pretraining, _searcher, best_trial, check_space, main, read_trials
+from pipelines.trial import settling, trial_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
+ALPHAS, RATES = (0.0, 0.7), (3e-3, 1e30)
+SPACE = {"critic.alpha": {"grid": [*ALPHAS]}, "pretrain.learning_rate": {"grid": [*RATES]}}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps")
+    (folder / "text.txt").write_text(TEXT)
+    return Config(
+        run=RunSection(threads=1, output=str(folder), cache=str(folder / "cache"), name="killed", timeout_s=120),
+        data=DataSection(source=str(folder / "text.txt"), block_size=20),
+        model=ModelSection(n_layer=1, n_head=2, n_embd=16, sampler=False),
+        critic=CriticSection(start=4, end=6),
+        pretrain=PretrainSection(steps=8, batch_size=8, eval_rows=8, log_every=1, checkpoint_every=4),
+        grpo=GrpoSection(
+            rounds=3, prompts=4, group_size=4, prompt_tokens=4, residual=8, rollout_actors=1, learning_rate=3e-3
+        ),
+        reward=RewardSection(
+            hidden=16, batch_size=16, warmup_rounds=1, warmup_steps=2, min_steps=1, max_steps=2, replay_rounds=2
+        ),
+        evaluation=EvaluationSection(samples=40, judge_steps=8, judge_layers=1, judge_width=16),
+        sweep=SweepSection(space=SPACE, asha=False, stretches=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(config, ray_session, tmp_path_factory):
+    """A sweep whose driver is killed when a trial has finished, and the same sweep, gone on with to its end."""
+    import ray
+
+    file, folder = tmp_path_factory.mktemp("config") / "config.yaml", Path(config.run.output) / config.run.name
+    save_config(config, file)
+    driver = subprocess.Popen(
+        [sys.executable, str(ROOT / "pipelines/sweep.py"), "--config", str(file)],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline, before = time.monotonic() + 400, []
+    while not any(t["status"] == "finished" for t in before) and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        before = read_trials(folder)
+    os.kill(driver.pid, signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL, driver.stderr.read()
+    driver.stderr.close()
+    assert not (folder / "summary.json").exists()
+    return before, main(config, None), folder
+
+
+@pytest.mark.ray
+def test_a_killed_sweep_goes_on_and_no_trial_is_lost_or_begun_again(swept):
+    before, summary, folder = swept
+    after = {trial["trial"]: trial for trial in read_trials(folder)}
+    points = [{"critic.alpha": alpha, "pretrain.learning_rate": rate} for rate in RATES for alpha in ALPHAS]
+    assert after.keys() == {trial_folder(folder, point).name for point in points}
+    assert summary["trials"] == {"finished": 2, "failed": 2}
+    for trial in before:
+        assert after[trial["trial"]]["started"] == trial["started"]
+        if trial["status"] != "running":
+            assert after[trial["trial"]] == trial
+
+
+@pytest.mark.ray
+def test_trials_are_nested_runs_with_the_swept_keys_as_params_and_no_step_twice(swept, config):
+    import mlflow
+
+    _, summary, folder = swept
+    client = mlflow.MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
+    parent = client.get_run(summary["mlflow_run_id"])
+    found = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert {run.info.run_name: run.data.params for run in found} == {
+        trial["trial"]: {key: str(value) for key, value in trial["values"].items()} for trial in read_trials(folder)
+    }
+    for run in found:
+        if run.info.run_name == summary["best"]["trial"]:
+            for name, steps in (("pretrain/loss_unmask", range(1, 9)), ("kl", range(2, 5)), ("reward_accuracy", range(1, 5))):
+                assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [*steps], name
+
+
+@pytest.mark.ray
+def test_a_failed_trial_is_reported_with_its_reason(swept):
+    _, _, folder = swept
+    for trial in read_trials(folder):
+        failed = trial["values"]["pretrain.learning_rate"] == 1e30
+        assert (trial["status"] == "failed") == failed
+        assert not failed or "became" in trial["reason"] and "\n" not in trial["reason"]
+    rows = json.loads((folder / "tables" / "trials.json").read_text())["data"]
+    assert [row[-1].partition(":")[0] for row in rows] == ["finished", "finished", "failed", "failed"]
+
+
+@pytest.mark.ray
+def test_the_best_config_makes_the_same_generator_in_grpo(swept, config, tmp_path):
+    _, summary, folder = swept
+    best = load_config(folder / "best.yaml", [f"run.output={tmp_path}", "run.name=again"])
+    assert best.critic.alpha == summary["best"]["values"]["critic.alpha"] and best.sweep == SweepSection()
+    pipelines.grpo.main(best, None)
+    trial = folder / "trials" / summary["best"]["trial"]
+    expected, made = (load_checkpoint(path / "final").tensors for path in (trial, tmp_path / "again"))
+    assert expected.keys() == made.keys() and all(made[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.ray
+def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
+    _, summary, folder = swept
+    base = folder / "trials" / summary["best"]["trial"] / "base"
+    sweep = SweepSection(space={"grpo.kl": {"uniform": [0.0, 0.1]}}, search="tpe", trials=1, stretches=1)
+    shared = replace(
+        config,
+        run=replace(config.run, name="shared"),
+        grpo=replace(config.grpo, base=str(base / "best"), rounds=1),
+        sweep=sweep,
+    )
+    main(shared, None)
+    (trial,) = read_trials(folder.parent / "shared")
+    assert trial["status"] == "finished" and len(trial["reports"]) == 2
+    assert not (folder.parent / "shared" / "trials" / trial["trial"] / "base").exists()
+    final = folder.parent / "shared" / "trials" / trial["trial"] / "final"
+    first, last = (load_checkpoint(path).tensors for path in (base / "best", final))
+    trunk = [name for name in first if name.startswith("trunk.")]
+    assert trunk and all(last[name].equal(first[name]) for name in trunk)
+
+
+def test_only_keys_of_pretraining_cost_a_base_each(config, tmp_path):
+    for key, decides in (("critic.alpha", True), ("mask_bias.k_i", True), ("grpo.kl", False), ("run.seed", True)):
+        kind = {"choice": [1, 2]} if key == "run.seed" else {"uniform": [0.1, 0.2]}
+        swept = replace(config, sweep=SweepSection(space={key: kind}))
+        assert _decides_of_pretraining(swept, tmp_path) is decides, key
+
+
+@pytest.mark.parametrize(
+    "space, words",
+    [
+        ({"critic.alfa": {"uniform": [0, 1]}}, ["critic.alfa", "did you mean critic.alpha"]),
+        ({"critic.alpha": {"uniform": [-1, 1]}}, ["critic.alpha", "0 or more", "-1"]),
+        ({"data.block_size": {"choice": [32]}}, ["data.block_size", "what all trials share"]),
+        ({"run.name": {"choice": ["a"]}}, ["run.name", "what all trials share"]),
+        ({"grpo.group_size": {"uniform": [2.5, 8]}}, ["grpo.group_size", "2.5"]),
+    ],
+)
+def test_a_space_that_no_trial_can_take_is_one_line(config, space, words):
+    with pytest.raises(ValueError) as error:
+        check_space(replace(config, sweep=SweepSection(space=space)))
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("sweep.space={critic.alpha: 3}", ["sweep.space.critic.alpha", "one range"]),
+        ("sweep.space={critic.alpha: {uniform: [1, 1]}}", ["low below high"]),
+        ("sweep.space={critic.alpha: {loguniform: [0, 1]}}", ["above 0"]),
+        ("sweep.search=grid", ["sweep.search", "random, tpe", "grid"]),
+        ("sweep.trials=0", ["sweep.trials", "at least 1"]),
+    ],
+)
+def test_a_bad_range_is_one_line(override, words):
+    with pytest.raises(ValueError) as error:
+        load_config(None, [override])
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_tpe_is_told_what_is_known_and_then_draws_what_is_new(config):
+    space = {"critic.alpha": {"uniform": [0.0, 1.0]}, "grpo.group_size": {"uniform": [2, 8]}}
+    swept = replace(config, sweep=SweepSection(space=space, search="tpe"))
+
+    def suggestions(known, count):
+        from pipelines.sweep import _domains
+
+        searcher = _searcher(swept, known)
+        searcher.set_search_properties("judge_nll_matched", "min", _domains(swept))
+        return [searcher.suggest(str(index)) for index in range(count)]
+
+    first = suggestions([], 3)
+    assert all(isinstance(each["grpo.group_size"], int) for each in first)
+    again = suggestions(first, 5)
+    assert again[:3] == first and not any(new in first for new in again[3:])
+
+
+def test_the_best_trial_is_the_best_among_the_finished():
+    trials = [
+        {"status": status, "reports": [{"x": value}]}
+        for status, value in (("finished", 2.0), ("stopped", 0.0), ("finished", 1.0), ("finished", 3.0))
+    ]
+    assert best_trial(trials, SweepSection(objective="x"))["reports"] == [{"x": 1.0}]
+    assert best_trial(trials, SweepSection(objective="x", mode="max"))["reports"] == [{"x": 3.0}]
+    assert best_trial(trials[1:2], SweepSection(objective="x")) is None
+
+
+def test_settling_is_read_off_the_moving_average():
+    readings = [0.9] * 5 + [0.4] * 5 + [0.6, 0.4] * 5  # means of five: 0.9, 0.8, ... 0.4, then 0.44, 0.44, 0.48, ...
+    curve = [{"step": 10.0 * (i + 1), "p_mask_unmask": p, "mask_bias": 1.0} for i, p in enumerate(readings)]
+    found = settling([{"step": 5.0, "loss_wrong": 1.0}, *curve], 0.5, 200)
+    means = [sum(readings[i - 4 : i + 1]) / 5 for i in range(4, 20)]
+    settled = max(i for i, mean in enumerate(means) if abs(mean - 0.5) > 0.05) + 1
+    assert found["p_mask_settled_step"] == 10 * (settled + 5) == 130
+    assert found["p_mask_overshoot"] == pytest.approx(0.5 - min(means), abs=1e-6)
+    assert found["p_mask_error"] == pytest.approx(sum(abs(mean - 0.5) for mean in means[12:]) / 4, abs=1e-6)
+    assert settling(curve[:7], 0.5, 200)["p_mask_settled_step"] == 200 and settling([], 0.5, 200) == {}
+
+
+def test_a_value_lands_at_its_key(config):
+    assert with_values(config, {"critic.alpha": 0.25}, "x").critic == replace(config.critic, alpha=0.25)
