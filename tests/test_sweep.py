@@ -105,7 +105,8 @@ def test_trials_are_nested_runs_with_the_swept_keys_as_params_and_no_step_twice(
     }
     for run in found:
         if run.info.run_name == summary["best"]["trial"]:
-            for name, steps in (("pretrain/loss_unmask", range(1, 9)), ("kl", range(2, 5)), ("reward_accuracy", range(1, 5))):
+            expected = {"pretrain/loss_unmask": range(1, 9), "kl": range(2, 5), "reward_accuracy": range(1, 5)}
+            for name, steps in expected.items():
                 assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [*steps], name
 
 
