@@ -20,10 +20,11 @@ from grpo.checkpoint import save_checkpoint
 from grpo.config import DataSection, ModelSection
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
+from pipelines.__main__ import pipelines
 from pipelines.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-PIPELINES = sorted(path.stem for path in (ROOT / "pipelines").glob("*.py") if "__main__" in path.read_text())
+PIPELINES = sorted(pipelines())
 NEEDED = {"sample": ["--checkpoint", "none"], "evaluate": ["--checkpoint", "none"]}
 TINY = ["data.block_size=16", "grpo.prompt_tokens=4", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
         "pretrain.batch_size=8", "pretrain.eval_rows=8", "pretrain.eval_every=10000", "run.threads=1"]
