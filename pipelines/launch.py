@@ -51,6 +51,8 @@ def start_ray(num_cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    # A job's own variables are in os.environ already; named twice they would be a conflict, even with equal values.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"env_vars": {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}}
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
