@@ -124,7 +124,7 @@ def job_server():
              f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
              f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={environment}", "--num-cpus=3",
              "--object-store-memory=200000000", "--disable-usage-stats"],
-            stdout=log, stderr=log, start_new_session=True,
+            stdout=log, stderr=log, start_new_session=True, cwd=home,  # jobs start there, and read code that lies there
             env=os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"})  # jobs say `python`
     address = f"http://127.0.0.1:{dashboard}"
     try:
