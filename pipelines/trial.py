@@ -137,6 +137,7 @@ class Trial:
         if self.reported == sweep.stretches:
             self.record["status"] = "finished"
             self.tracker.artifact(self.folder / "final", "checkpoint")
+        self.tracker.flush()  # what is on record is not logged again
         write_json(self.folder / "trial.json", self.record)
 
     def _track(self) -> None:
