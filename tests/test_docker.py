@@ -14,8 +14,22 @@ from grpo.config_file import load_config
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
-RAY_JOB_FIELDS = {"entrypoint", "runtimeEnvYAML", "backoffLimit", "activeDeadlineSeconds", "shutdownAfterJobFinishes",
-                  "ttlSecondsAfterFinished", "submissionMode", "suspend", "rayClusterSpec"}  # of ray.io/v1
+QUANTITIES = {...: (int, str)}
+POD = {"spec": {
+    "securityContext": {"fsGroup": int},
+    "containers": [{
+        "name": str, "image": str, "ports": [{"containerPort": int, "name": str}], "env": [{"name": str, "value": str}],
+        "resources": {"requests": QUANTITIES, "limits": QUANTITIES},
+        "volumeMounts": [{"name": str, "mountPath": str}]}],
+    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str},
+                 "emptyDir": {"medium": str, "sizeLimit": (int, str)}}]}}
+GROUP = {"rayStartParams": {...: str}, "template": POD}
+RAY_JOB = {"apiVersion": str, "kind": str, "metadata": {"name": str}, "spec": {
+    "entrypoint": str, "runtimeEnvYAML": str, "backoffLimit": int, "shutdownAfterJobFinishes": bool,
+    "ttlSecondsAfterFinished": int, "rayClusterSpec": {
+        "rayVersion": str, "headGroupSpec": GROUP, "workerGroupSpecs": [
+            {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, **GROUP}]}}}
+"""What rayjob.yaml may hold, `...` being any name: the part that it uses of KubeRay's schema of ray.io/v1."""
 
 
 def read(name):
@@ -107,21 +121,34 @@ def test_compose_commands_have_options_that_exist(service):
     assert [each for each in options(" ".join(command)) if each not in known] == []
 
 
+def misfits(value, shape, path=""):
+    """Paths of what is not as its shape says."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        return [odd for key, part in value.items()
+                for odd in (misfits(part, shape.get(key, shape.get(...)), f"{path}.{key}"))]
+    if isinstance(shape, list) and isinstance(value, list):
+        return [odd for index, part in enumerate(value) for odd in misfits(part, shape[0], f"{path}[{index}]")]
+    types = shape if isinstance(shape, tuple) else (shape,)
+    return [] if type(value) in types else [path]
+
+
 def test_the_ray_job_is_one():
     job = read("rayjob.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob") and job["spec"].keys() <= RAY_JOB_FIELDS
+    assert misfits(job, RAY_JOB) == [] and (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    assert re.fullmatch("[a-z]([-a-z0-9]{0,45}[a-z0-9])?", job["metadata"]["name"])
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster.keys() == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert container["image"] == "grpo-diffusion:cpu"
         assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
         assert {"name": "RAY_AUTH_MODE", "value": "disabled"} in container["env"]
-    assert {each["containerPort"] for each in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
-            } >= {6379, 8265}
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {each["name"]: each["containerPort"] for each in head["ports"]} == {
+        "gcs-server": 6379, "dashboard": 8265, "client": 10001}  # names by which the operator finds them
+    assert any("install" in line and " wget " in line for line in instructions("RUN"))  # what its probes call
     assert all(each["minReplicas"] <= each["replicas"] <= each["maxReplicas"] for each in cluster["workerGroupSpecs"])
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
 
