@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grpo.products import linear
 from grpo.tokenizer import Vocabulary
 
 
@@ -63,7 +64,7 @@ def reward_features(
             states = states * hidden_here[..., None]
             predicted = states if predicted is None else predicted + states
     predicted = predicted * completion_mask[..., None]
-    logprobs = F.linear(predicted, trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
+    logprobs = linear(predicted, trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
     text = tokens.clamp(max=vocabulary.base_size - 1)
     own = logprobs.gather(-1, text[..., None])
     entropy = -(logprobs.exp() * logprobs).sum(-1, keepdim=True)

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+
+from grpo.products import Linear, linear
 
 
 class LmHead(nn.Module):
@@ -49,7 +50,7 @@ class LmHead(nn.Module):
         if residual and self.residual is None:
             width, where = self.matrix.shape[1], {"device": self.matrix.device, "dtype": self.matrix.dtype}
             self.residual = nn.Sequential(
-                nn.Linear(width, residual, **where), nn.SiLU(), _zeroed(nn.Linear(residual, width, **where))
+                Linear(width, residual, **where), nn.SiLU(), _zeroed(Linear(residual, width, **where))
             )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class LmHead(nn.Module):
         hidden = hidden.to(self.weight.dtype)
         if self.residual is not None:
             hidden = hidden + self.residual(hidden)
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)
 
 
 class SamplerHead(nn.Module):
@@ -66,7 +67,7 @@ class SamplerHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(3 * width, width), nn.SiLU(), nn.LayerNorm(width), _zeroed(nn.Linear(width, width))
+            Linear(3 * width, width), nn.SiLU(), nn.LayerNorm(width), _zeroed(Linear(width, width))
         )
 
     def forward(self, hidden: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class CriticHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.layers = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [...]."""
@@ -91,7 +92,7 @@ class ClassifierHead(nn.Module):
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, num_classes)
+        self.layer = Linear(width, num_classes)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., C] -> [..., num_classes]."""
@@ -104,7 +105,7 @@ class ScorerHead(nn.Module):
     def __init__(self, width: int, pooling: str) -> None:
         super().__init__()
         self.pooling = pooling
-        self.layer = nn.Linear(_pooled_width(width, pooling), 1)
+        self.layer = Linear(_pooled_width(width, pooling), 1)
 
     def forward(self, features: Tensor, completion_mask: Tensor) -> Tensor:
         """features [B, T, F], completion_mask [B, T] bool -> [B]."""
@@ -132,9 +133,9 @@ class RewardHead(nn.Module):
         self.register_buffer("shift", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
         self.pooled = nn.Sequential(
-            nn.Linear(_pooled_width(features, pooling), hidden), nn.ReLU(), nn.Linear(hidden, 2)
+            Linear(_pooled_width(features, pooling), hidden), nn.ReLU(), Linear(hidden, 2)
         )
-        self.token = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.token = nn.Sequential(Linear(features, hidden), nn.ReLU(), Linear(hidden, 1))
         if spectral:
             for layer in (self.pooled[0], self.pooled[2], self.token[0], self.token[2]):
                 spectral_norm(layer)

@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.config import GrpoSection
 from grpo.noise import uniforms
+from grpo.products import linear
 
 ADAPTER = ".adapter."
 """Part of the name of each adapter's parameters."""
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in the adapter's own dtype."""
-        return F.linear(F.linear(x.to(self.down.dtype), self.down) * self.scale, self.up)
+        return linear(linear(x.to(self.down.dtype), self.down) * self.scale, self.up)
 
     def product(self) -> Tensor:
         """[out, in], what merging adds to the base's weight."""

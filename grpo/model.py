@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from grpo.config import ModelSection, RewardSection
 from grpo.features import feature_width, reward_features
 from grpo.heads import ClassifierHead, CriticHead, LmHead, RewardHead, RewardOutput, SamplerHead, ScorerHead
+from grpo.products import Linear
 from grpo.tokenizer import Vocabulary
 
 MODES = {"language_model": "lm", "reward": "reward", "token_classifier": "classifier", "sequence_scorer": "scorer"}
@@ -76,8 +77,8 @@ class Attention(nn.Module):
     def __init__(self, model: ModelSection) -> None:
         super().__init__()
         self.num_heads, self.dropout = model.n_head, model.dropout
-        self.qkv = nn.Linear(model.n_embd, 3 * model.n_embd, bias=model.bias)
-        self.out = nn.Linear(model.n_embd, model.n_embd, bias=model.bias)
+        self.qkv = Linear(model.n_embd, 3 * model.n_embd, bias=model.bias)
+        self.out = Linear(model.n_embd, model.n_embd, bias=model.bias)
 
     def forward(
         self,
@@ -106,8 +107,8 @@ class Mlp(nn.Module):
     def __init__(self, model: ModelSection, gelu: str) -> None:
         super().__init__()
         self.gelu = gelu
-        self.up = nn.Linear(model.n_embd, 4 * model.n_embd, bias=model.bias)
-        self.down = nn.Linear(4 * model.n_embd, model.n_embd, bias=model.bias)
+        self.up = Linear(model.n_embd, 4 * model.n_embd, bias=model.bias)
+        self.down = Linear(4 * model.n_embd, model.n_embd, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x), approximate=self.gelu))

@@ -19,6 +19,7 @@ ORDER = [
     "shards",
     "data",
     "metrics",
+    "products",
     "heads",
     "sliced_loss",
     "lora",
