@@ -134,10 +134,10 @@ def denoise(
 
     for step in range(steps):
         places = torch.nonzero_static(masked.flatten(), size=num_masked[step])[:, 0]
-        hidden_BTC = model.encode(tokens, attention_mask)
-        hidden = hidden_BTC.flatten(0, 1)[places]
         neighbors = by_lm = waves = None
         if sampler:
+            hidden_BTC = model.encode(tokens, attention_mask)
+            hidden = hidden_BTC.flatten(0, 1)[places]
             front = wavefront_fill(
                 model, hidden_BTC, tokens, seeds=seeds, step=step, temperature=temperature, top_p=top_p,
                 min_neighbors_ratio=min_neighbors_ratio, attention_mask=attention_mask, record=on_step is not None,
@@ -145,6 +145,7 @@ def denoise(
             filled, sampled = front.tokens, front.sampled
             neighbors, by_lm, waves = front.neighbors, front.by_lm, front.waves
         else:
+            hidden = model.encode(tokens, attention_mask, at=places)
             noise = uniforms(seeds[places // columns], step, PROPOSE, places % columns)
             sampled = propose(
                 model, hidden, noise, temperature=temperature, top_p=top_p, record=on_step is not None

@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo.products import linear
+from grpo.slices import slices
 from grpo.tokenizer import Vocabulary
+
+LOGITS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 27}
+"""Entries of the table over the vocabulary for the rows that are read together: 2 MB on a CPU, half a GB on a GPU."""
 
 
 def feature_width(width: int, num_layers: int, masked_passes: int) -> int:
@@ -51,23 +55,41 @@ def reward_features(
     """
     if not masked_passes:
         return trunk(tokens, attention_mask, layers)
-    if trunk.causal:
-        *visible, last = trunk(tokens, attention_mask, (*layers, -1)).split(trunk.wte.embedding_dim, -1)
-        predicted = F.pad(last[:, :-1], (0, 0, 1, 0))
-    else:
-        visible = [trunk(tokens, attention_mask, layers)]
-        predicted = None
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        for k in range(masked_passes):
-            hidden_here = completion_mask & (position % masked_passes == k)
-            states = trunk(tokens.masked_fill(hidden_here, vocabulary.mask_id), attention_mask)
-            states = states * hidden_here[..., None]
-            predicted = states if predicted is None else predicted + states
-    predicted = predicted * completion_mask[..., None]
-    logprobs = linear(predicted, trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
-    text = tokens.clamp(max=vocabulary.base_size - 1)
-    own = logprobs.gather(-1, text[..., None])
-    entropy = -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
-    scalars = torch.cat([own, entropy], -1) * completion_mask[..., None]
-    embedding = trunk.wte(text) * completion_mask[..., None]
-    return torch.cat([*visible, predicted, embedding, scalars.to(predicted.dtype)], -1)
+    features = []
+    for rows in slices(len(tokens), tokens.shape[1] * vocabulary.base_size, LOGITS_AT_ONCE[tokens.device.type]):
+        texts, completion = tokens[rows], completion_mask[rows]
+        real = None if attention_mask is None else attention_mask[rows]
+        predictions = _causal_predictions if trunk.causal else _masked_predictions
+        visible, predicted = predictions(trunk, vocabulary, texts, completion, real, layers, masked_passes)
+        logprobs = linear(predicted, trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
+        ids = texts.clamp(max=vocabulary.base_size - 1)
+        own = logprobs.gather(-1, ids[..., None])
+        entropy = -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
+        scalars = torch.cat([own, entropy], -1).to(predicted.dtype)
+        inside = torch.cat([trunk.wte(ids), scalars], -1) * completion[..., None]
+        features.append(torch.cat([visible, predicted, inside], -1))
+    return torch.cat(features)
+
+
+def _causal_predictions(
+    trunk: nn.Module, vocabulary: Vocabulary, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None,
+    layers: tuple[int, ...], masked_passes: int,
+) -> tuple[Tensor, Tensor]:
+    states = trunk(tokens, attention_mask, (*layers, -1))
+    visible, last = states.split([trunk.wte.embedding_dim * len(layers), trunk.wte.embedding_dim], -1)
+    return visible, F.pad(last[:, :-1], (0, 0, 1, 0)) * completion_mask[..., None]
+
+
+def _masked_predictions(
+    trunk: nn.Module, vocabulary: Vocabulary, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None,
+    layers: tuple[int, ...], masked_passes: int,
+) -> tuple[Tensor, Tensor]:
+    """Visible states [B, T, C x layers] and prediction states [B, T, C], zero outside the completion."""
+    visible = trunk(tokens, attention_mask, layers)
+    predicted = torch.zeros_like(visible[..., : trunk.wte.embedding_dim]).flatten(0, 1)
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    for k in range(masked_passes):
+        hidden_here = completion_mask & (position % masked_passes == k)
+        places = hidden_here.flatten().nonzero()[:, 0]
+        predicted[places] = trunk(tokens.masked_fill(hidden_here, vocabulary.mask_id), attention_mask, at=places)
+    return visible, predicted.view(*tokens.shape, -1)

@@ -23,10 +23,16 @@ from grpo.config import ModelSection, RewardSection
 from grpo.features import feature_width, reward_features
 from grpo.heads import ClassifierHead, CriticHead, LmHead, RewardHead, RewardOutput, SamplerHead, ScorerHead
 from grpo.products import Linear
+from grpo.slices import slices
 from grpo.tokenizer import Vocabulary
 
 MODES = {"language_model": "lm", "reward": "reward", "token_classifier": "classifier", "sequence_scorer": "scorer"}
 """Mode -> head that `forward` uses when none is named."""
+
+
+READ_AT_ONCE = 1 << 18
+"""Entries of the states of those rows that a CPU reads together without gradients: what is made of them, 12 times that
+in all, stays close to the cache."""
 
 
 class KVCache:
@@ -88,8 +94,10 @@ class Attention(nn.Module):
         causal: bool,
         cache: KVCache | None,
         block: int,
+        at: Tensor | None,
     ) -> Tensor:
-        """x [B, T, C], allowed: bool that broadcasts to [B, H, T, keys], True = may attend -> [B, T, C]."""
+        """x [B, T, C], allowed: bool that broadcasts to [B, H, T, keys], True = may attend -> [B, T, C], or [M, C] at
+        the flat places [M]."""
         query_key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)
         if rotations is not None:
             query_key = _rotate(query_key, rotations)
@@ -100,7 +108,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.out(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return self.out(y if at is None else y.flatten(0, 1)[at])
 
 
 class Mlp(nn.Module):
@@ -111,7 +120,9 @@ class Mlp(nn.Module):
         self.down = Linear(4 * model.n_embd, model.n_embd, bias=model.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate=self.gelu))
+        x = self.up(x)
+        in_place = None if torch.is_grad_enabled() else x  # large tables are dearer to allocate than to fill
+        return self.down(F.gelu(x, approximate=self.gelu, out=in_place))
 
 
 class Block(nn.Module):
@@ -123,8 +134,10 @@ class Block(nn.Module):
         self.mlp = Mlp(model, gelu)
         self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, *attention_arguments) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), *attention_arguments))
+    def forward(self, x: Tensor, *attention_arguments, at: Tensor | None = None) -> Tensor:
+        """[B, T, C] -> [B, T, C], or [M, C] at the flat places [M]."""
+        attended = self.attention(self.attention_norm(x), *attention_arguments, at)
+        x = (x if at is None else x.flatten(0, 1)[at]) + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -160,6 +173,7 @@ class Trunk(nn.Module):
         attention_mask: Tensor | None = None,
         layers: tuple[int, ...] = (-1,),
         cache: KVCache | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Read tokens.
 
@@ -169,10 +183,16 @@ class Trunk(nn.Module):
             layers: whose states to return, concatenated in this order: -1 the final norm's output, k the output of
                 block k (from 1).
             cache: what earlier calls have read (causal only); these tokens follow it and are added to it.
+            at: [M] int64, ascending places b x T + t whose final states alone are wanted (`layers` is (-1,)): what
+                comes after the last block's attention is then computed there only.
 
         Returns:
-            [B, T, C x len(layers)].
+            [B, T, C x len(layers)], or [M, C].
         """
+        if cache is None and tokens.is_cpu and not torch.is_grad_enabled():
+            parts = list(slices(len(tokens), tokens.shape[1] * self.wte.embedding_dim, READ_AT_ONCE))
+            if len(parts) > 1:
+                return self._read_in_parts(parts, tokens, attention_mask, layers, at)
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
         x = self.wte(tokens)
@@ -188,13 +208,32 @@ class Trunk(nn.Module):
         allowed, causal = self._allowed(tokens, attention_mask, start)
         states = {}
         for index, block in enumerate(self.blocks, start=1):
-            x = block(x, rotations, allowed, causal, cache, index - 1)
+            x = block(x, rotations, allowed, causal, cache, index - 1, at=at if index == len(self.blocks) else None)
             if index in layers:
                 states[index] = x
         if cache is not None:
             cache.length = end
         states[-1] = self.norm(x)
         return states[-1] if layers == (-1,) else torch.cat([states[layer] for layer in layers], dim=-1)
+
+    def _read_in_parts(
+        self,
+        parts: list[slice],
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        layers: tuple[int, ...],
+        at: Tensor | None,
+    ) -> Tensor:
+        """`forward`, some rows at a time."""
+        places = [None] * len(parts)
+        if at is not None:
+            starts = torch.tensor([rows.start * tokens.shape[1] for rows in parts])
+            ends = torch.searchsorted(at, starts).tolist()[1:]
+            places = [own - start for own, start in zip(at.tensor_split(ends), starts, strict=True)]
+        masks = [None if attention_mask is None else attention_mask[rows] for rows in parts]
+        return torch.cat([
+            self(tokens[rows], mask, layers, at=own) for rows, mask, own in zip(parts, masks, places, strict=True)
+        ])
 
     def _allowed(self, tokens: Tensor, attention_mask: Tensor | None, start: int) -> tuple[Tensor | None, bool]:
         """The boolean attention mask, if one is needed, and whether SDPA's own causal path serves instead."""
@@ -324,9 +363,9 @@ class GPT(nn.Module):
         if head not in self.heads:
             raise ValueError(f"this model (mode {self.mode}) has no head {head!r}; it has: {', '.join(self.heads)}")
 
-    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[B, T] -> hidden states [B, T, C] after the final norm."""
-        return self.trunk(tokens, attention_mask)
+    def encode(self, tokens: Tensor, attention_mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """[B, T] -> hidden states [B, T, C] after the final norm; [M, C] at the ascending flat places [M]."""
+        return self.trunk(tokens, attention_mask, at=at)
 
     def encode_layers(self, tokens: Tensor, attention_mask: Tensor | None, layers: tuple[int, ...]) -> Tensor:
         """[B, T] -> [B, T, C x len(layers)]; see `Trunk.forward`."""

@@ -77,9 +77,8 @@ def by_self(filled: Filled) -> Verdict:
 
 
 def _by_head(filled: Filled, policy: str) -> Verdict:
-    hidden = filled.model.encode(filled.tokens, filled.attention_mask).flatten(0, 1)
     places = torch.nonzero_static(filled.eligible.flatten(), size=filled.num_eligible)[:, 0]
-    hidden = hidden[places]
+    hidden = filled.model.encode(filled.tokens, filled.attention_mask, at=places)
     log_wrong = torch.zeros(filled.tokens.numel(), dtype=torch.float64, device=hidden.device)
     log_wrong[places] = log_wrong_from_states(policy, filled.model, hidden, filled.mask_bias)
     return Verdict(log_wrong.view_as(filled.tokens), hidden)

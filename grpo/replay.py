@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from grpo.model import GPT
 from grpo.noise import row_seeds, uniforms
 from grpo.policy_loss import entropy, exact_kl
+from grpo.slices import slices
 from grpo.trajectory import (
     ACTION_FIELDS,
     Choices,
@@ -28,7 +29,6 @@ from grpo.trajectory import (
     policy_log_probs,
     trajectory_logprobs,
 )
-from grpo.wavefront import slices
 
 REPLAY_STREAM = 23
 """Noise stream of the steps that are drawn (see `grpo.noise.row_seeds`)."""

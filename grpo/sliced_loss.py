@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo.heads import LmHead
+from grpo.slices import slices
 
 LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Logits of a slice: 8 MB on a CPU, 1 GB of float32 on a GPU."""
@@ -34,24 +35,23 @@ def sliced_loss(head: LmHead, hidden: Tensor, loss: Callable[[slice, Tensor], Te
         0-dimensional; differentiable with respect to the states and the head.
     """
     at_once = LOGITS_AT_ONCE[hidden.device.type]
-    size = max(1, at_once // (hidden.shape[1] * len(head.weight)))
-    slices = [slice(start, start + size) for start in range(0, len(hidden), size)]
-    if len(slices) == 1:
-        return loss(slices[0], head(hidden))
+    parts = list(slices(len(hidden), hidden.shape[1] * len(head.weight), at_once))
+    if len(parts) == 1:
+        return loss(parts[0], head(hidden))
     parameters = list(head.parameters()) or [head.weight]  # a tied head has none of its own
     if not torch.is_grad_enabled():
-        return sum(loss(rows, head(hidden[rows])) for rows in slices)
-    return _Sliced.apply(slices, head, loss, hidden, *parameters)
+        return sum(loss(rows, head(hidden[rows])) for rows in parts)
+    return _Sliced.apply(parts, head, loss, hidden, *parameters)
 
 
 class _Sliced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, slices: list[slice], head: LmHead, loss: Callable, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, parts: list[slice], head: LmHead, loss: Callable, hidden: Tensor, *parameters: Tensor) -> Tensor:
         wanted = [p for p in parameters if p.requires_grad]
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         of_head: list[Tensor] = []
-        for rows in slices:
+        for rows in parts:
             with torch.enable_grad():
                 part = hidden[rows].detach().requires_grad_(hidden.requires_grad)
                 value = loss(rows, head(part))

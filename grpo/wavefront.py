@@ -32,10 +32,11 @@ from torch.nn import functional as F
 
 from grpo.model import GPT, text_logits
 from grpo.noise import uniforms
+from grpo.slices import slices
 
 PROPOSE, SEED, HIDE_LEFT, HIDE_RIGHT = 1, 2, 3, 4  # purposes of noise; remasking.py has its own
 _FAR = 1 << 40  # distance to a known token that does not exist
-_LOGITS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}  # of [M, V] tables, float64: 2 MB, in the cache; 0.5 GB
+_LOGITS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # of [M, V] tables, float64: 1 MB, in the cache; 0.5 GB
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def sample_tokens(
     if top_p < 1:
         support = nucleus(logprobs, top_p)
         logprobs = proposal_logprobs(logits, temperature, support)
-    probabilities = logprobs.double().exp()
+    wide = logprobs.double()
+    probabilities = wide.exp()
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:].contiguous()
     tokens = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
@@ -130,15 +132,11 @@ def sample_tokens(
     tokens = tokens.clamp(max=logprobs.shape[-1] - 1)  # NaN logits are reported as such, not as a bad index
     chosen = logprobs.gather(-1, tokens)[:, 0]
     plain = chosen if temperature == 1 and top_p == 1 else proposal_logprobs(logits, 1.0).gather(-1, tokens)[:, 0]
-    entropies = -torch.xlogy(probabilities, probabilities).sum(-1).to(chosen.dtype) if record else None
+    entropies = None
+    if record:
+        finite = wide if support is None else wide.masked_fill_(~support, 0.0)
+        entropies = -torch.linalg.vecdot(probabilities, finite).to(chosen.dtype)
     return Sampled(tokens[:, 0], chosen, plain, support, entropies)
-
-
-def slices(num: int, width: int, at_once: int) -> Iterator[slice]:
-    """Cut num positions so that a table of `width` columns has at most `at_once` entries; one empty for num = 0."""
-    size = max(1, at_once // width)
-    for start in range(0, max(num, 1), size):
-        yield slice(start, min(start + size, num))
 
 
 def state_slices(model: GPT, hidden: Tensor) -> Iterator[slice]:

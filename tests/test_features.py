@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import grpo.features
 from grpo.config import ModelSection
 from grpo.features import feature_width, reward_features
 from grpo.model import GPT
@@ -69,6 +70,14 @@ def test_features_match_a_slow_loop(passes):
                 [state, model.trunk.wte.weight[own], logprobs[own][None], -(logprobs.exp() * logprobs).sum()[None]]
             )
             torch.testing.assert_close(rest, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_texts_read_in_slices_have_the_features_of_the_whole(causal, monkeypatch):
+    expected = features(make(causal), 2)
+    monkeypatch.setitem(grpo.features.LOGITS_AT_ONCE, "cpu", 2 * 9 * BASE)
+    torch.testing.assert_close(features(make(causal), 2), expected, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()

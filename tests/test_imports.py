@@ -19,6 +19,7 @@ ORDER = [
     "shards",
     "data",
     "metrics",
+    "slices",
     "products",
     "heads",
     "sliced_loss",

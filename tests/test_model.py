@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import grpo.model
 from grpo.config import ModelSection, RewardSection
 from grpo.heads import RewardHead, pool
 from grpo.model import GPT, KVCache, text_logits
@@ -61,6 +62,20 @@ def naive_trunk(trunk, ids, mask=None):
         x = x + block.mlp.down(F.gelu(block.mlp.up(block.mlp_norm(x))))
         states.append(x)
     return trunk.norm(x), states
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@torch.no_grad()
+def test_rows_read_in_parts_and_states_at_some_places_are_those_of_the_whole(attention, rows_at_once, monkeypatch):
+    model = make(attention=attention, critic=False, sampler=False).double()
+    ids, mask = tokens(), torch.arange(T) < torch.tensor([[T], [T - 3], [4]])
+    expected = model.encode_layers(ids, mask, (1, -1))
+    monkeypatch.setattr(grpo.model, "READ_AT_ONCE", rows_at_once * T * 16)
+    torch.testing.assert_close(model.encode_layers(ids, mask, (1, -1)), expected, rtol=1e-12, atol=1e-12)
+    for places in (torch.tensor([0, 3, T, T + 1, 2 * T + 3]), torch.tensor([T + 2]), torch.arange(0)):
+        found = model.encode(ids, mask, at=places)
+        torch.testing.assert_close(found, expected[..., 16:].flatten(0, 1)[places], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
