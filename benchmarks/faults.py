@@ -1,19 +1,21 @@
 """What does a killed process cost? Every kind, at random moments, in runs of `pipelines/grpo.py` on 3 nodes.
 
-1. One undisturbed run. Then disturbed ones, in each of which every kind of fault happens once, in a random order, some
-   rounds apart, at a random moment within the round.
+1. The undisturbed run is the same rounds in this process, without the pipeline and without Ray Train. In each disturbed
+   run every kind of fault happens once, in a random order, at a random moment within a round.
 2. Kinds: SIGKILL to a generator actor, a reward actor, the Train worker (`learner`), the driver, a whole node (the one
    that holds the learner; another node joins); SIGTERM to the driver, which leaves by itself; and a full object store
-   (one and a half times its size is put on every node, so that objects must be spilled). Whoever lost the driver starts
-   the same command again.
+   (one and a half times its size is held on every node, so that objects must be spilled). Whoever lost the driver
+   starts the same command again.
 3. Lost: finished rounds that were done again, plus the round in flight where its learner was killed. Seconds to
-   recover: until two more rounds are checkpointed, less what two undisturbed rounds take.
+   recover: from the fault until two more rounds are checkpointed, less what two undisturbed rounds take. For the full
+   store they count from when it is full; the learner stands still while it fills, which takes as long as many rounds.
 4. At the end the trained heads and all figures of all rounds (but times) are compared with the undisturbed run's, and
    MLflow must hold each round exactly once.
 
-The nodes are processes of one machine (`ray.cluster_utils.Cluster`), the model is tiny: a round takes a fraction of a
-second, and what is measured is detection and restart. --quick: one disturbed run instead of three.
-Run: python benchmarks/faults.py [--quick] [--runs N]. The last line is one JSON object: `rows`, `lost_rounds_max`,
+The nodes are processes of one machine (`ray.cluster_utils.Cluster`), the model is tiny and not trained: a round takes a
+fraction of a second, and what is measured is detection and restart. --quick: one disturbed run, and of the kinds only
+the two actors and the Train worker, because each start of a driver takes half a minute on two cores.
+Run: python benchmarks/faults.py [--quick] [--seeds N]. The last line is one JSON object: `rows`, `lost_rounds_max`,
 `recovered` (the share of faults after which the run went on and ended as the undisturbed one), `max_difference`.
 """
 
@@ -30,7 +32,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +42,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
+import torch
 
-from benchmarks.models import print_table
-from grpo.checkpoint import latest_checkpoint, load_checkpoint
-from pipelines.launch import quiet
+from benchmarks.models import print_table, summarise
+from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.config_file import load_config
+from grpo.data import open_dataset
+from grpo.model import GPT
+from pipelines.grpo import Paths, start_actors
+from pipelines.launch import quiet, start_ray
+from pipelines.prepare import prepare
+from pipelines.ranks import Ranks
+from pipelines.rounds import train
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTORS = {"generator": "ray::Generator", "reward": "ray::Reward", "learner": "ray::RayTrainWorker"}
 FAULTS = (*ACTORS, "driver", "node", "SIGTERM", "full store")
-WARMUP, FIRST, APART = 2, 4, 4
-ROUNDS = FIRST + APART * len(FAULTS)
-STORE_BYTES = 100 * 2**20
+QUICK = tuple(ACTORS)
+WARMUP, FIRST, APART = 2, 4, 6
+"""Rounds without the generator's phase, before the first fault, and of each fault: to aim, to be struck, to recover."""
+STORE_BYTES, BALLAST_BYTES = 100 * 2**20, 2**20
 CONFIG = f"""
 data: {{block_size: 20}}
 model: {{n_layer: 1, n_head: 2, n_embd: 16}}
-critic: {{start: 4, end: 6}}
-sampler: {{start: 2}}
-pretrain: {{steps: 8, batch_size: 8, eval_rows: 8}}
-grpo: {{rounds: {ROUNDS - WARMUP}, prompts: 8, group_size: 4, prompt_tokens: 4, residual: 8, rollout_actors: 2,
-  keep: 1000}}
+grpo: {{prompts: 8, group_size: 4, prompt_tokens: 4, residual: 8, rollout_actors: 2, keep: 1000}}
 reward: {{hidden: 16, batch_size: 16, warmup_rounds: {WARMUP}, warmup_steps: 2, min_steps: 1, max_steps: 2,
   replay_rounds: 2}}
 evaluation: {{samples: 40, judge_steps: 8, judge_layers: 1, judge_width: 16}}
@@ -141,9 +150,7 @@ class Run:
         self.driver = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, env=environment)
 
     def written(self) -> dict[int, int]:
-        """When each round's checkpoint was written."""
-        found = self.folder.glob("checkpoints/step-*")
-        return {int(path.name.rpartition("-")[2]): path.stat().st_ctime_ns for path in found}
+        return written(self.folder)
 
     def wait(self, what: str, holds: Callable[[], bool]) -> None:
         """Until something holds; the driver must live, and patience ends."""
@@ -162,64 +169,111 @@ class Run:
         if self.driver.wait(PATIENCE_S):
             raise RuntimeError(f"{self.folder.name} ended with code {self.driver.returncode}:\n"
                                f"{Path(self.log.name).read_text()}")
-        return finished(self.folder)
+        return {"summary": json.loads((self.folder / "summary.json").read_text()), **finished(self.folder)}
+
+
+def written(folder: Path) -> dict[int, int]:
+    """When each round's checkpoint was written, in nanoseconds."""
+    found = folder.glob("checkpoints/step-*")
+    return {int(path.name.rpartition("-")[2]): path.stat().st_ctime_ns for path in found}
 
 
 def finished(folder: Path) -> dict[str, Any]:
-    """A finished run's summary, its last checkpoint's history, and the final heads."""
+    """A finished run's last checkpoint's history, and its final heads."""
     tensors = load_checkpoint(folder / "final").tensors
-    return {"summary": json.loads((folder / "summary.json").read_text()),
-            "history": load_checkpoint(latest_checkpoint(folder / "checkpoints")).state["history"],
+    return {"history": load_checkpoint(latest_checkpoint(folder / "checkpoints")).state["history"],
             "heads": {name: tensor for name, tensor in tensors.items() if name.startswith("heads.")}}
 
 
-def strike(run: Run, kind: str, rng: random.Random) -> None:
-    """Let one fault happen; returns when whoever was killed is gone."""
-    nodes = run.nodes
+def undisturbed(options: list[str], base: Path, folder: Path) -> None:
+    """Save an untrained base model, and the rounds over it, in this process."""
+    config = load_config(overrides=options[2:], path=options[1])
+    dataset = prepare(config.data, config.run.cache, quiet=True)
+    tokenizer = open_dataset(dataset).tokenizer
+    torch.manual_seed(0)
+    model = GPT(config.model, tokenizer.vocabulary, block_size=config.data.block_size)
+    save_checkpoint(base, model, config={}, tokenizer=tokenizer)
+    with start_actors(config, Paths(dataset=dataset, base=base, judge=Path())) as job:
+        train(replace(job, folder=folder), Ranks(), lambda figures, step: None, lambda done, total, shown: False)
+
+
+def aim(nodes: Nodes, kind: str, rng: random.Random) -> Any:
+    """What a fault will hit, found beforehand: looking takes as long as a round."""
     if kind in ACTORS:
-        _kill(rng.choice(nodes.processes(kind)))
+        return rng.choice(nodes.processes(kind))
+    (learner,) = nodes.processes("learner")
+    return nodes.of(learner) if kind == "node" else learner
+
+
+def strike(run: Run, kind: str, target: Any) -> Any:
+    """Let one fault happen; returns when whoever was killed is gone, with what must be held until the run goes on."""
+    if kind in ACTORS:
+        _kill(target)
     elif kind == "node":
-        nodes.kill(nodes.of(nodes.processes("learner")[0]))
-        nodes.workers.append(nodes.add())
+        run.nodes.kill(target)
     elif kind == "full store":
-        fill_stores(nodes)
+        with standing_still(target):
+            return fill_stores()
     else:
         run.driver.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
         code = run.driver.wait(PATIENCE_S)
         assert code == (143 if kind == "SIGTERM" else -signal.SIGKILL), code
-        run.drive()
+    return None
 
 
-def fill_stores(nodes: Nodes) -> None:
-    """Hold one and a half times its size in every node's store, through two tasks' results; let go at once after."""
+@contextmanager
+def standing_still(process: psutil.Process) -> Iterator[None]:
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+def fill_stores() -> list[Any]:
+    """One and a half times its size in every node's store, one task's results each; they lie there as long as held."""
     import numpy as np
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def ballast() -> np.ndarray:
-        return np.ones(STORE_BYTES // 4, np.uint8)
+    count = 3 * STORE_BYTES // (2 * BALLAST_BYTES)
 
-    held = [ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))(
-        ballast).remote() for node in ray.nodes() if node["Alive"] for _ in range(6)]
+    def ballast() -> list[np.ndarray]:
+        return [np.ones(BALLAST_BYTES, np.uint8)] * count
+
+    held = [piece for node in ray.nodes() if node["Alive"] for piece in ray.remote(
+        num_cpus=0, num_returns=count,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))(ballast).remote()]
     ready, _ = ray.wait(held, num_returns=len(held), timeout=PATIENCE_S, fetch_local=False)
     assert len(ready) == len(held), "the ballast did not fit"
+    return held
 
 
-def disturb(run: Run, round_s: float, rng: random.Random) -> list[dict[str, Any]]:
-    """All faults, one after another; a row each."""
+def disturb(run: Run, faults: tuple[str, ...], round_s: float, rng: random.Random) -> list[dict[str, Any]]:
+    """All faults in a random order, one after another; a row each."""
     rows = []
-    for index, kind in enumerate(rng.sample(FAULTS, len(FAULTS))):
-        run.wait_for_round(FIRST + APART * index)
+    run.wait_for_round(FIRST)
+    for kind in rng.sample(faults, len(faults)):
+        learner, target = run.nodes.processes("learner"), aim(run.nodes, kind, rng)
+        run.wait_for_round(max(run.written()) + 1)
         time.sleep(rng.uniform(0, round_s))
-        learner, before = run.nodes.processes("learner"), run.written()
-        at, started = max(before), time.monotonic()
-        strike(run, kind, rng)
-        run.wait_for_round(at + 2)
+        started = time.monotonic()
+        held = strike(run, kind, target)
+        if kind == "full store":
+            started = time.monotonic()
+        before = run.written()
+        if kind in ("driver", "SIGTERM"):
+            run.drive()
+        elif kind == "node":
+            run.nodes.workers.append(run.nodes.add())
+        run.wait_for_round(max(before) + 2)
         seconds = time.monotonic() - started - 2 * round_s
+        del held
         again = [round for round, when in run.written().items() if before.get(round, when) != when]
         in_flight = kind != "SIGTERM" and run.nodes.processes("learner") != learner
-        rows.append({"fault": kind, "round": at, "lost": len(again) + in_flight, "recover_s": max(seconds, 0.0)})
-        print(f"  {kind} after round {at}: {rows[-1]['lost']} lost, {seconds:.1f} s", flush=True)
+        rows.append({"fault": kind, "round": max(before), "lost": len(again) + in_flight,
+                     "recover_s": max(seconds, 0.0)})
+        print(f"  {kind} after round {max(before)}: {rows[-1]['lost']} lost, {seconds:.1f} s", flush=True)
     return rows
 
 
@@ -235,19 +289,18 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return worst
 
 
-def rounds_in_mlflow(scratch: Path, summary: dict[str, Any]) -> list[int]:
+def rounds_in_mlflow(output: Path, summary: dict[str, Any]) -> list[int]:
     """Steps of the metric that every round logs, as the store holds them."""
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{scratch / 'runs' / 'mlflow.db'}")
+    client = mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
     return sorted(point.step for point in client.get_metric_history(summary["mlflow_run_id"], "reward_accuracy"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one disturbed run")
-    parser.add_argument("--runs", type=int, default=3, help="disturbed runs, each with all faults")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--quick", action="store_true", help="one disturbed run, three kinds of faults")
+    parser.add_argument("--seeds", type=int, default=3, help="disturbed runs, each with its own order and moments")
     args = parser.parse_args()
     print(__doc__.splitlines()[0], flush=True)
     quiet()
@@ -255,43 +308,50 @@ def main() -> None:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    faults, seeds = (QUICK, 1) if args.quick else (FAULTS, args.seeds)
+    rounds = FIRST + APART * len(faults)
     rows, ends = [], []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "text.txt").write_text(text())
         (scratch / "config.yaml").write_text(CONFIG)
+        output = scratch / "runs"
+        output.mkdir()
+        options = ["--config", str(scratch / "config.yaml"), f"data.source={scratch / 'text.txt'}", "run.threads=1",
+                   f"run.output={output}", f"run.cache={scratch / 'cache'}", f"grpo.base={scratch / 'base'}",
+                   f"grpo.rounds={rounds - WARMUP}"]
         nodes = Nodes()
-        ray.init(address=nodes.cluster.address, logging_level="ERROR", log_to_driver=False)
-        (scratch / "runs").mkdir()
-
-        def start(name: str) -> Run:
-            return Run(nodes, scratch / "runs" / name, [
-                "--config", str(scratch / "config.yaml"), f"data.source={scratch / 'text.txt'}", f"run.name={name}",
-                f"run.output={scratch / 'runs'}", f"run.cache={scratch / 'cache'}", "run.threads=1"])
-
-        steady = start("steady")
-        expected = steady.finish()
-        when = sorted(steady.written().values())
+        os.environ["RAY_ADDRESS"] = nodes.cluster.address
+        start_ray()
+        undisturbed(options, scratch / "base", output / "undisturbed")
+        expected = finished(output / "undisturbed")
+        when = sorted(written(output / "undisturbed").values())
         round_s = statistics.median(b - a for a, b in zip(when, when[1:], strict=False)) / 1e9
-        print(f"undisturbed: {ROUNDS} rounds, {round_s:.2f} s each", flush=True)
-        for number in range(1 if args.quick else args.runs):
-            print(f"disturbed run {number + 1}", flush=True)
-            run = start(f"disturbed-{number}")
-            mine = disturb(run, round_s, random.Random(args.seed + number))
-            found = run.finish()
-            whole = rounds_in_mlflow(scratch, found["summary"]) == list(range(1, ROUNDS + 1))
-            ends.append({"difference": difference(found, expected), "each round once in MLflow": float(whole)})
-            rows += [row | {"ok": float(whole and ends[-1]["difference"] == 0)} for row in mine]
+        print(f"undisturbed: {rounds} rounds, {round_s:.2f} s each", flush=True)
+        for seed in range(seeds):
+            print(f"disturbed run {seed + 1}", flush=True)
+            run = Run(nodes, output / f"disturbed-{seed}", [*options, f"run.name=disturbed-{seed}"])
+            try:
+                mine = disturb(run, faults, round_s, random.Random(seed))
+                found = run.finish()
+            finally:
+                run.driver.kill()
+            whole = rounds_in_mlflow(output, found["summary"]) == list(range(1, rounds + 1))
+            apart = difference(found, expected)
+            ends.append({"recovered": float(whole and apart == 0), "difference": apart,
+                         "each round once in MLflow": float(whole)})
+            rows += mine
         ray.shutdown()
         nodes.cluster.shutdown()
     print_table("fault", {kind: [{"lost rounds": max(row["lost"] for row in rows if row["fault"] == kind),
                                   **{f"recover_s {what}": pick([row["recover_s"] for row in rows
                                                                 if row["fault"] == kind])
                                      for what, pick in (("median", statistics.median), ("max", max))}}]
-                          for kind in FAULTS})
-    print_table("end", {f"disturbed run {number + 1}": [end] for number, end in enumerate(ends)})
+                          for kind in faults})
+    print_table("end", {f"disturbed run {seed + 1}": [end] for seed, end in enumerate(ends)})
     print(json.dumps({"lost_rounds_max": max(row["lost"] for row in rows),
-                      "recovered": statistics.fmean(row["ok"] for row in rows),
+                      **summarise([{"recovered": end["recovered"]} for end in ends]),
                       "max_difference": max(end["difference"] for end in ends), "round_s": round_s,
                       "quick": args.quick, "rows": rows}))
 
