@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -51,14 +50,14 @@ def test_a_pipeline_starts_as_a_script_and_as_a_module_from_any_folder(name, tmp
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory):
-    """The project elsewhere, marked: its training loop keeps one checkpoint instead of two, wherever it runs."""
+    """The project elsewhere, marked: its training loops keep one checkpoint instead of two, wherever they run."""
     folder = tmp_path_factory.mktemp("elsewhere") / "project"
     for room in ("grpo", "actors", "pipelines", "configs"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    loop = folder / "pipelines" / "pretrain_loop.py"
-    marked, count = re.subn(r"^KEEP = 2$", "KEEP = 1", loop.read_text(), flags=re.MULTILINE)
-    assert count == 1
-    loop.write_text(marked)
+    for loop, mine, marked in (("pretrain_loop", "\nKEEP = 2\n", "\nKEEP = 1\n"), ("rounds", ", grpo.keep)", ", 1)")):
+        file = folder / "pipelines" / f"{loop}.py"
+        assert file.read_text().count(mine) == 1
+        file.write_text(file.read_text().replace(mine, marked))
     return folder
 
 
@@ -151,42 +150,57 @@ def session_members(session):
     return members
 
 
-@pytest.mark.ray
-def test_a_submitted_job_stops_with_a_checkpoint_and_the_next_one_goes_on(copied, job_server, tmp_path):
-    job, address = job_server
-    environment = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
-    command = ["python", "pipelines/pretrain.py", *TINY, "run.name=job", f"run.output={tmp_path / 'runs'}",
-               f"run.cache={tmp_path / 'cache'}", "pretrain.checkpoint_every=50", "pretrain.steps=1500"]
-    submit = [*job, "submit", "--address", address, "--working-dir", ".", "--runtime-env-json", environment]
-    folder = tmp_path / "runs" / "job"
+def tracked(output):
+    """Name, status and logged rounds of every run in the store."""
+    import mlflow
 
-    done = start([*submit, "--no-wait", "--submission-id", "first", "--", *command], copied)
-    assert done.returncode == 0, done.stderr
-    end = time.monotonic() + 180
-    while not list(folder.glob("checkpoints/step-*")):
-        assert time.monotonic() < end, start([*job, "logs", "--address", address, "first"], copied).stdout
+    client = mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [(run.info.run_name, run.info.status,
+             [point.step for point in client.get_metric_history(run.info.run_id, "reward_accuracy")]) for run in found]
+
+
+@pytest.mark.ray
+def test_a_job_stops_between_rounds_and_the_next_one_goes_on_in_the_same_run(copied, installed, job_server, tmp_path):
+    """The first one with a working directory, the next one of an installed project; workers run the job's own code."""
+    job, address = job_server
+    rounds, warmup, output, folder = 80, 2, tmp_path / "runs", tmp_path / "runs" / "job"
+    tokenizer = build_tokenizer("bytes")
+    base = GPT(ModelSection(n_layer=1, n_head=2, n_embd=16), tokenizer.vocabulary, block_size=16)
+    save_checkpoint(tmp_path / "base", base, config={}, tokenizer=tokenizer)
+    (tmp_path / "text.txt").write_text("".join(f"{n} times {n} is {n * n}. " for n in range(2000)))
+    settings = [*TINY, "run.name=job", f"run.output={output}", f"run.cache={tmp_path / 'cache'}",
+                f"data.source={tmp_path / 'text.txt'}", f"grpo.base={tmp_path / 'base'}", f"grpo.rounds={rounds}",
+                "grpo.prompts=4", "grpo.group_size=4", "grpo.residual=8", "reward.hidden=16", "reward.batch_size=16",
+                f"reward.warmup_rounds={warmup}", "reward.min_steps=1", "reward.max_steps=2", "evaluation.samples=20",
+                "evaluation.judge_steps=4", "evaluation.judge_layers=1", "evaluation.judge_width=16"]
+
+    def submit(variables, *command):
+        environment = json.dumps({"env_vars": variables})
+        return [*job, "submit", "--address", address, "--runtime-env-json", environment, *command, *settings]
+
+    with open(tmp_path / "log", "w") as log:  # which `ray job submit` follows until the job ends
+        following = subprocess.Popen(
+            submit({"RAY_JOB_STOP_WAIT_TIME_S": "60"}, "--working-dir", ".", "--submission-id", "first", "--", "python",
+                   "pipelines/grpo.py"), cwd=copied, stdout=log, stderr=log)
+    said, end = (tmp_path / "log").read_text, time.monotonic() + 180
+    while "adversarial rounds 0/" not in said() or not list(folder.glob("checkpoints/step-*")):
+        assert following.poll() is None and time.monotonic() < end, said()
         time.sleep(0.1)
     done = start([*job, "stop", "--address", address, "first"], copied)
     assert "stopped" in done.stdout + done.stderr
-    step = int(kept(folder)[-1].removeprefix("step-"))
-    said = start([*job, "logs", "--address", address, "first"], copied).stdout
-    assert f"stopped at step {step};" in said and not (folder / "summary.json").exists(), said
+    (last,) = kept(folder)
+    stopped = int(last.removeprefix("step-"))
+    assert following.wait(60) == 0 and f"stopped after round {stopped}; the same command goes on" in said(), said()
+    assert 0 < stopped < rounds and not (folder / "summary.json").exists()
+    assert tracked(output) == [("job", "KILLED", list(range(1, stopped + 1)))]
 
-    done = start([*submit, "--", *command], copied)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert kept(folder) == ["step-00001500"] and json.loads((folder / "summary.json").read_text())["steps"] == 1500
-
-
-@pytest.mark.ray
-def test_a_job_of_an_installed_project_needs_no_working_directory(installed, job_server, tmp_path):
-    """Its workers run the installed code too, which is marked (see `copied`)."""
-    job, address = job_server
-    environment = json.dumps({"env_vars": {"PYTHONPATH": str(installed)}})
-    command = [str(installed / "bin" / "grpo-diffusion"), "pretrain", *TINY, "run.name=installed", "pretrain.steps=6",
-               "pretrain.checkpoint_every=2", f"run.output={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}"]
-    done = start([*job, "submit", "--address", address, "--runtime-env-json", environment, "--", *command], tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert kept(tmp_path / "runs" / "installed") == ["step-00000006"]
+    program = str(installed / "bin" / "grpo-diffusion")
+    done = start(submit({"PYTHONPATH": str(installed)}, "--", program, "grpo"), tmp_path)
+    assert done.returncode == 0 and f"adversarial rounds {stopped}/" in done.stdout, done.stdout + done.stderr
+    assert json.loads((folder / "summary.json").read_text())["rounds"] == rounds
+    assert kept(folder) == [f"step-{rounds + warmup:08}"]
+    assert tracked(output) == [("job", "FINISHED", list(range(1, rounds + warmup + 1)))]
 
 
 @pytest.fixture(scope="module")
