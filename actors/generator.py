@@ -50,7 +50,6 @@ class Generator(Tenant):
             fetch(heads),
             lm_residual=lm_residual,
             device=device,
-            own_heads=False,
             trainable=trainable,
         )
         self.version = -1

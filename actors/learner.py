@@ -22,7 +22,7 @@ from actors.credit import action_credits
 from actors.discriminator import Discriminator, NoDiscriminator
 from actors.phase import Phase, accumulate, accumulating, check_finite, reduced_means, with_prefix
 from actors.reward import Scores
-from actors.trunk_store import Arrays, Blueprint, attach, mount, to_arrays
+from actors.trunk_store import Arrays, Blueprint, attach, mount, own_heads, to_arrays
 from grpo.config import Config
 from grpo.corruption import stratified_rows
 from grpo.data import Batch
@@ -76,10 +76,9 @@ class Learner:
         self.remasking, self.all_reduce, self.device = remasking, all_reduce, device
         trunk = attach(trunk, device)
         policy = {"lm_residual": config.grpo.residual, "trainable": Trainable.of(config.grpo), "seed": config.run.seed}
-        self.model = mount(blueprint, "generator", trunk, heads, device=device, **policy)
+        self.model = own_heads(mount(blueprint, "generator", trunk, heads, device=device, **policy))
         self.reference = mount(blueprint, "generator", trunk, heads, lm_residual=config.grpo.residual, device=device)
-        self.reference.requires_grad_(False)
-        self.result = mount(blueprint, "generator", trunk, heads, device=device, **policy)
+        self.result = own_heads(mount(blueprint, "generator", trunk, heads, device=device, **policy))
         self.result.requires_grad_(False)
         ranks = {"rank": rank, "world": world, "wrap": wrap, "all_reduce": all_reduce, "device": device}
         opponent = Discriminator if config.grpo.adversary else NoDiscriminator

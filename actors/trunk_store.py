@@ -5,8 +5,8 @@
 2. An actor builds its model on the meta device and assigns the mapped arrays, so the trunk's memory is never allocated.
    `assign=True` makes parameters that require gradients; they are frozen again at once. torch can write into mapped
    memory and everyone would see it: the trunk belongs to nobody's optimiser, and no DDP constructor sees it.
-3. Heads change every round. They are copied where they train; actors, which only read them, map them too: an untied lm
-   matrix over 50,000 tokens is a third of a GPT-2.
+3. Heads change every round. Whoever only reads them maps them too: an untied lm matrix over 50,000 tokens is a third of
+   a GPT-2. Where they train they are copied (`own_heads`).
 """
 
 from __future__ import annotations
@@ -158,19 +158,17 @@ def mount(
     *,
     lm_residual: int = 0,
     device: str = "cpu",
-    own_heads: bool = True,
     trainable: Trainable = HEADS,
     seed: int = 0,
 ) -> GPT:
-    """A model whose trunk lies in the given (mapped) arrays.
+    """A model that lies in the given (mapped) arrays, frozen.
 
     Args:
         blueprint: shapes.
         mode: `generator` or `reward`.
         trunk: `model.trunk.state_dict()` as arrays, or from `attach`.
         heads: `model.heads.state_dict()` as arrays; a generator's lm head must be untied (own its matrix).
-        device: where the model works; on another device than the CPU the trunk is copied there once.
-        own_heads: copy the heads and let them train; otherwise they lie in the given arrays too.
+        device: where the model works; on another device than the CPU it is copied there once.
         trainable: what trains below the heads; a trunk that trains is a copy.
         seed: of the adapters' first values.
     """
@@ -179,15 +177,22 @@ def mount(
         if mode == "generator":
             model.untie(lm_residual)
     model.trunk.load_state_dict(to_tensors(trunk), assign=True)
-    own = {name: tensor.clone() if own_heads else tensor for name, tensor in to_tensors(heads).items()}
-    model.heads.load_state_dict(own, assign=True)
+    model.heads.load_state_dict(to_tensors(heads), assign=True)
     model.freeze_trunk()
-    model.heads.requires_grad_(own_heads)
+    model.heads.requires_grad_(False)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on the meta device: {left}"
     model.to(device)
     train_below_heads(model.trunk, trainable, seed)
     return model.eval()
+
+
+def own_heads(model: GPT) -> GPT:
+    """Copy a mounted model's heads, which may change and train from then on."""
+    own = {name: tensor.clone() for name, tensor in model.heads.state_dict().items()}
+    model.heads.load_state_dict(own, assign=True)
+    model.heads.requires_grad_(True)
+    return model
 
 
 def load_heads(model: GPT, heads: Arrays) -> None:

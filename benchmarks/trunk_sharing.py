@@ -67,8 +67,7 @@ class Holder:
         """Seconds from the reference to a model that can run."""
         self.model = None  # freeing the one before is not counted
         started = time.perf_counter()
-        self.model = mount(self.blueprint, self.kind, fetch(trunk), fetch(heads), lm_residual=self.residual,
-                           own_heads=False)
+        self.model = mount(self.blueprint, self.kind, fetch(trunk), fetch(heads), lm_residual=self.residual)
         return time.perf_counter() - started
 
     def touch(self) -> float:

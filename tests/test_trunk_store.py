@@ -14,6 +14,7 @@ from actors.trunk_store import (
     fetch,
     load_heads,
     mount,
+    own_heads,
     share_on_gpus,
     to_arrays,
     to_tensors,
@@ -60,8 +61,8 @@ def test_a_mounted_model_is_the_published_one_on_the_published_memory(dtype, res
         assert parameter.data_ptr() == trunk[name].__array_interface__["data"][0], name
         assert parameter.dtype == dtype and not parameter.requires_grad
     assert not mounted.training and mounted.trunk.frozen and not mounted.heads["lm"].tied
-    for name, parameter in mounted.heads.named_parameters():  # heads are copies, and train
-        assert parameter.data_ptr() != heads[name].__array_interface__["data"][0] and parameter.requires_grad
+    for name, parameter in mounted.heads.named_parameters():
+        assert parameter.data_ptr() == heads[name].__array_interface__["data"][0] and not parameter.requires_grad
 
 
 def test_arrays_and_tensors_are_the_same_memory_and_bits():
@@ -87,7 +88,7 @@ def test_a_reward_model_stands_on_the_generators_trunk():
 
 def test_new_heads_are_mapped_and_the_trunk_stays():
     trunk, heads = parts(a_model())
-    mounted = mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4, own_heads=False)
+    mounted = mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4)
     addresses = [p.data_ptr() for p in mounted.trunk.parameters()]
     assert mounted.heads["lm"].matrix.data_ptr() == heads["lm.matrix"].__array_interface__["data"][0]
     new = {name: array + 1 for name, array in heads.items()}
@@ -99,6 +100,15 @@ def test_new_heads_are_mapped_and_the_trunk_stays():
     assert not any(parameter.requires_grad for parameter in mounted.parameters())
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_heads(mounted, heads | {"lm.matrix": np.zeros((3, 3), np.float32)})
+
+
+def test_own_heads_are_copies_that_train():
+    trunk, heads = parts(a_model())
+    mounted = own_heads(mount(BLUEPRINT, "generator", trunk, heads, lm_residual=4))
+    for name, parameter in mounted.heads.named_parameters():
+        assert parameter.requires_grad and parameter.detach().numpy().tobytes() == heads[name].tobytes()
+        assert parameter.data_ptr() != heads[name].__array_interface__["data"][0]
+    assert not any(parameter.requires_grad for parameter in mounted.trunk.parameters())
 
 
 def test_wrong_names_and_shapes_are_refused():
