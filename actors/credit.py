@@ -104,6 +104,6 @@ def _neutral(
         knob = temperature_direction(rollout.logprobs, rollout.entropies)
         knob = F.pad(knob, (0, len(credit) - len(knob)))  # re-mask draws know no temperature
         knobs.append(knob * (credit != 0))  # groups of equal reward stay without credit
-    parts = list(zip(weights, credits, knobs, strict=True))
+    parts = [(w.double(), c, k) for w, c, k in zip(weights, credits, knobs, strict=True)]  # no actor's share rounds it
     sums = all_reduce(sum(torch.stack([(w * c * k).sum(), (w * k.square()).sum()]) for w, c, k in parts))
     return [credit - sums[0] / sums[1].clamp(min=1e-12) * knob for _, credit, knob in parts]

@@ -41,7 +41,7 @@ def paths(tmp_path_factory, ray_session):
 
 
 def configure(**grpo):
-    settings = {"rounds": ROUNDS, "prompts": 4, "group_size": 4, "prompt_tokens": 4, "residual": 8,
+    settings = {"rounds": ROUNDS, "prompts": 4, "group_size": 4, "prompt_tokens": 4, "residual": 8, "micro_batch": 8,
                 "learning_rate": 1e-2, "rollout_actors": 2, "rewards": {"grpo.example_rewards:vowel_share": 1.0}}
     return Config(
         run=RunSection(threads=1, timeout_s=300), data=DataSection(block_size=16),
@@ -90,11 +90,14 @@ def test_rollouts_are_one_update_old_where_that_is_allowed(steady):
 
 
 def test_one_actor_or_two_give_the_same_figures(steady, paths, tmp_path):
+    """Here to the bit: the micro-batch divides each actor's share, so that the sums are the same ones."""
     config = configure(rollout_actors=1)
     booked = ClusterSection(generator_cpus=0.5, reward_cpus=0.5, placement="STRICT_PACK")
-    alone, _ = run(replace(config, cluster=booked), paths, tmp_path)
+    alone, tensors = run(replace(config, cluster=booked), paths, tmp_path)
     for mine, theirs in zip(alone, steady[0][0], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-9)
+    for name, value in steady[0][1].items():
+        torch.testing.assert_close(tensors[name], value, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize(("what", "age"), [("lora", 1), ("all", 0)])
