@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.model import GPT, KVCache
+from grpo.kv_cache import KVCache
+from grpo.model import GPT
 from grpo.noise import uniforms
 from grpo.wavefront import PROPOSE, propose
 
@@ -80,17 +81,20 @@ def generate(
     end = start + num_new
     noise = uniforms(seeds[:, None], 0, PROPOSE, torch.arange(start, end, device=tokens.device))
     cache = KVCache(end - 1)
-    hidden = model.trunk(tokens, cache=cache)[:, -1].repeat_interleave(copies, 0)
-    cache.repeat(copies)
     texts = torch.cat((tokens.repeat_interleave(copies, 0), tokens.new_empty(rows, num_new)), dim=1)
     actions = []
-    for position in range(start, end):
-        if position > start:
-            hidden = model.trunk(texts[:, position - 1 : position], cache=cache)[:, -1]
-        drawn = propose(model, hidden, noise[:, position - start], temperature=temperature, top_p=top_p, record=record)
-        texts[:, position] = drawn.tokens
-        if record:
-            actions.append((hidden, drawn))
+    with torch.inference_mode():  # less to keep account of; what leaves it is stacked outside, hence plain again
+        hidden = model.trunk(tokens, cache=cache)[:, -1].repeat_interleave(copies, 0)
+        cache.repeat(copies)
+        for position in range(start, end):
+            if position > start:
+                hidden = model.trunk(texts[:, position - 1 : position], cache=cache)[:, -1]
+            drawn = propose(
+                model, hidden, noise[:, position - start], temperature=temperature, top_p=top_p, record=record
+            )
+            texts[:, position] = drawn.tokens
+            if record:
+                actions.append((hidden, drawn))
     if not record:
         return texts
     by_row = lambda columns: torch.stack(columns, dim=1).flatten(0, 1)  # noqa: E731

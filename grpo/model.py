@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from grpo.config import ModelSection, RewardSection
 from grpo.features import feature_width, reward_features
 from grpo.heads import ClassifierHead, CriticHead, LmHead, RewardHead, RewardOutput, SamplerHead, ScorerHead
+from grpo.kv_cache import KVCache
 from grpo.products import Linear
 from grpo.slices import slices
 from grpo.tokenizer import Vocabulary
@@ -33,33 +34,6 @@ MODES = {"language_model": "lm", "reward": "reward", "token_classifier": "classi
 READ_AT_ONCE = 1 << 18
 """Entries of the states of those rows that a CPU reads together without gradients: what is made of them, 12 times that
 in all, stays close to the cache."""
-
-
-class KVCache:
-    """Keys and values of the tokens that a causal trunk has read, [B, H, capacity, D] per block."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.blocks: list[tuple[Tensor, Tensor]] = []
-
-    def extend(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [B, H, T, D] keys and values behind those known; return views of all [B, H, length + T, D]."""
-        if block == len(self.blocks):
-            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
-            self.blocks.append((keys.new_empty(shape), values.new_empty(shape)))
-        end = self.length + keys.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} tokens, got {end}")
-        for store, new in zip(self.blocks[block], (keys, values), strict=True):
-            store[:, :, self.length : end] = new
-        stored_keys, stored_values = self.blocks[block]
-        return stored_keys[:, :, :end], stored_values[:, :, :end]
-
-    def repeat(self, copies: int) -> None:
-        """Continue every row this many times: row b becomes rows b x copies to (b + 1) x copies - 1."""
-        if copies > 1:
-            self.blocks = [tuple(store.repeat_interleave(copies, 0) for store in block) for block in self.blocks]
 
 
 @functools.lru_cache(maxsize=64)
@@ -101,6 +75,9 @@ class Attention(nn.Module):
         query_key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)
         if rotations is not None:
             query_key = _rotate(query_key, rotations)
+        if cache is not None and x.shape[1] == 1 and x.is_cpu:
+            query, key = query_key[:, 0].unbind(1)
+            return self.out(cache.attend_one(block, query, key, value[:, 0, 0]).flatten(1)[:, None])
         query, key = query_key.permute(2, 0, 3, 1, 4)
         value = value.squeeze(2).transpose(1, 2)
         if cache is not None:

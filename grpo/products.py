@@ -67,7 +67,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)
+    return (_Linear.apply if torch.is_grad_enabled() else _multiply)(x, weight, bias)
 
 
 class Linear(nn.Linear):

@@ -25,6 +25,7 @@ ORDER = [
     "sliced_loss",
     "lora",
     "features",
+    "kv_cache",
     "model",
     "checkpoint",
     "gpt2",

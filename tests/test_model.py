@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import grpo.model
 from grpo.config import ModelSection, RewardSection
 from grpo.heads import RewardHead, pool
-from grpo.model import GPT, KVCache, text_logits
+from grpo.kv_cache import KVCache
+from grpo.model import GPT, text_logits
 from grpo.tokenizer import Vocabulary
 
 torch.set_num_threads(1)
