@@ -38,7 +38,7 @@ from grpo.model import GPT, MODES
 from grpo.tokenizer import Tokenizer, Vocabulary
 
 HEADS = (*MODES.values(), "critic", "sampler")
-REWARD_SHAPE = ("layers", "masked_passes", "pooling", "hidden", "spectral_norm")
+REWARD_SHAPE = ("layers", "masked_passes", "pooling", "reach", "hidden", "spectral_norm")
 """Fields of RewardSection that decide the shape of a head; the others are about training."""
 MANIFEST, DESCRIPTION, MODEL, TRAINING = "manifest.json", "checkpoint.json", "model.safetensors", "training.safetensors"
 
@@ -279,7 +279,7 @@ def _build(
     if section.get("attention") == "causal":
         section = {"critic": False, "sampler": False, **section}  # heads that no causal model has
     if "layers" in shape:
-        shape = {**shape, "layers": tuple(shape["layers"])}
+        shape = {"reach": 0, **shape, "layers": tuple(shape["layers"])}
     chosen = {**defaults, **stored}
     model = GPT(
         ModelSection(**section),

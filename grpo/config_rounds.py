@@ -209,8 +209,10 @@ class RewardSection:
     that predicts it; 0: visible states alone. A causal trunk needs no further pass."""
     pooling: str = "both"
     """`last` non-pad token, `mean` over completion tokens, or `both` concatenated."""
-    hidden: int = 256
-    """Width of the reward head's hidden layer."""
+    reach: int = 1
+    """Tokens on each side that a token's score reads beside the token itself; 0: none."""
+    hidden: int = 128
+    """Width of the reward head's hidden layers."""
     loss: str = "bce"
     """`mse` on softmax (the source design), `bce` on logits with soft targets, or `bradley_terry`."""
     signal: str = "log_odds"
@@ -244,6 +246,7 @@ class RewardSection:
         one_of("reward.pooling", self.pooling, ("last", "mean", "both"))
         one_of("reward.loss", self.loss, ("mse", "bce", "bradley_terry"))
         one_of("reward.signal", self.signal, ("probability", "log_odds"))
+        check(self.reach >= 0, "reward.reach", "0 or more", self.reach)
         check(len(self.layers) >= 1, "reward.layers", "at least one layer", self.layers)
         check(
             self.masked_passes == 0 or self.masked_passes >= 2,

@@ -30,6 +30,12 @@ def feature_width(width: int, num_layers: int, masked_passes: int) -> int:
     return width * num_layers + (2 * width + 2 if masked_passes else 0)
 
 
+def identity_width(width: int, num_layers: int, masked_passes: int) -> int:
+    """How many of a token's last features tell it from other tokens: its embedding and the two scalars, or all of them
+    where no pass is masked."""
+    return width + 2 if masked_passes else width * num_layers
+
+
 def reward_features(
     trunk: nn.Module,
     vocabulary: Vocabulary,

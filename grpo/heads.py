@@ -9,7 +9,9 @@
    on the same features, for dense credit.
 4. Its features are standardised by fixed statistics of natural text: their scales differ a hundredfold between layers,
    and a head on raw ones learns too slowly to be a useful opponent. Pooled statistics are taken over the completion.
-5. States are cast to the head's dtype: a frozen trunk may be bfloat16 under float32 heads that train.
+5. A token's score also reads who stands beside it. The features of one token say how well it fits, not with what; a
+   pair that never occurs in natural text would pass, where each of the two fits by itself.
+6. States are cast to the head's dtype: a frozen trunk may be bfloat16 under float32 heads that train.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from grpo.products import Linear, linear
@@ -127,15 +130,24 @@ class RewardOutput(NamedTuple):
 class RewardHead(nn.Module):
     """Natural or synthetic, for the text and for each of its tokens, from (cached) features of the frozen trunk."""
 
-    def __init__(self, features: int, *, hidden: int, pooling: str, spectral: bool) -> None:
+    def __init__(
+        self, features: int, *, hidden: int, pooling: str, spectral: bool, reach: int = 0, identity: int = 0
+    ) -> None:
+        """A fresh head.
+
+        Args:
+            features: F, of each token; identity: the last so many of them tell tokens apart (`identity_width`).
+            reach: a token's score reads those of this many tokens on each side.
+        """
         super().__init__()
-        self.pooling = pooling
+        self.pooling, self.reach, self.identity = pooling, reach, identity
         self.register_buffer("shift", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
         self.pooled = nn.Sequential(
             Linear(_pooled_width(features, pooling), hidden), nn.ReLU(), Linear(hidden, 2)
         )
-        self.token = nn.Sequential(Linear(features, hidden), nn.ReLU(), Linear(hidden, 1))
+        beside = 2 * reach * identity
+        self.token = nn.Sequential(Linear(features + beside, hidden), nn.ReLU(), Linear(hidden, 1))
         if spectral:
             for layer in (self.pooled[0], self.pooled[2], self.token[0], self.token[2]):
                 spectral_norm(layer)
@@ -156,8 +168,15 @@ class RewardHead(nn.Module):
         features = features.to(self.pooled[0].weight.dtype)
         features = (features - self.shift) * self.scale
         logits = self.pooled(pool(features, completion_mask, self.pooling))
-        token_logits = self.token(features).squeeze(-1).masked_fill(~completion_mask, 0.0)
-        return RewardOutput(logits, token_logits)
+        token_logits = self.token(self._with_neighbors(features, completion_mask)).squeeze(-1)
+        return RewardOutput(logits, token_logits.masked_fill(~completion_mask, 0.0))
+
+    def _with_neighbors(self, features: Tensor, completion_mask: Tensor) -> Tensor:
+        """[B, T, F] -> [B, T, F + 2 x reach x identity]: left to right; zeros where no token of the completion is."""
+        reach, length = self.reach, features.shape[1]
+        who = F.pad(features[..., -self.identity :] * completion_mask[..., None], (0, 0, reach, reach))
+        beside = [who[:, shift : shift + length] for shift in range(2 * reach + 1) if shift != reach]
+        return torch.cat([features, *beside], dim=-1)
 
 
 def pool(features: Tensor, mask: Tensor, pooling: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grpo.config import ModelSection, RewardSection
-from grpo.features import feature_width, reward_features
+from grpo.features import feature_width, identity_width, reward_features
 from grpo.heads import ClassifierHead, CriticHead, LmHead, RewardHead, RewardOutput, SamplerHead, ScorerHead
 from grpo.kv_cache import KVCache
 from grpo.products import Linear
@@ -274,8 +274,11 @@ class GPT(nn.Module):
                 if layer != -1 and not 1 <= layer <= self.model.n_layer:
                     last = self.model.n_layer
                     raise ValueError(f"reward.layers must be -1 or between 1 and model.n_layer ({last}), got {layer}")
+            shape = (width, len(self.reward.layers), self.reward.masked_passes)
             head = RewardHead(
-                feature_width(width, len(self.reward.layers), self.reward.masked_passes),
+                feature_width(*shape),
+                identity=identity_width(*shape),
+                reach=self.reward.reach,
                 hidden=self.reward.hidden,
                 pooling=self.reward.pooling,
                 spectral=self.reward.spectral_norm,

@@ -206,6 +206,25 @@ def test_reward_reads_the_completion_only(pooling):
     torch.testing.assert_close(model(tokens(), positions=completion), output.logits.softmax(-1))
 
 
+def test_a_tokens_score_reads_its_neighbours_as_a_loop_over_positions_does():
+    torch.manual_seed(0)
+    features, identity, reach = 9, 4, 2
+    head = RewardHead(features, hidden=8, pooling="mean", spectral=False, reach=reach, identity=identity)
+    head.calibrate(torch.randn(features), torch.rand(features) + 0.5)
+    states = torch.randn(B, T, features)
+    mask = torch.rand(B, T) < 0.7
+    found = head(states, mask).token_logits
+    normal = (states - head.shift) * head.scale
+    for row in range(B):
+        for at in range(T):
+            parts = [normal[row, at]]
+            for other in (at - 2, at - 1, at + 1, at + 2):
+                there = 0 <= other < T and mask[row, other]
+                parts.append(normal[row, other, -identity:] if there else torch.zeros(identity))
+            expected = head.token(torch.cat(parts))[0] if mask[row, at] else torch.zeros(())
+            torch.testing.assert_close(found[row, at], expected)
+
+
 def test_spectral_norm_bounds_each_matrix():
     torch.manual_seed(0)
     head = RewardHead(16, hidden=32, pooling="mean", spectral=True)
