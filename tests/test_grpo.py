@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.faults import Nodes, Run, difference, finished
+from benchmarks.faults import TIMES, Nodes, Run, difference, finished
 from grpo.checkpoint import load_checkpoint, load_model
 from grpo.config import (
     Config,
@@ -135,6 +136,19 @@ def test_a_run_whose_driver_is_killed_ends_as_the_undisturbed_one(config, steady
     assert expected.keys() == found.keys() and all(found[name].equal(expected[name]) for name in expected)
     for row in ROWS:
         assert {k: summary[row][k] for k in FIGURES} == {k: undisturbed[row][k] for k in FIGURES}
+
+
+@pytest.mark.ray
+def test_two_ranks_run_as_one(config, steady):
+    _, output = steady
+    pair = replace(config.grpo, num_workers=2, rollout_actors=2)
+    main(replace(config, run=replace(config.run, name="pair"), grpo=pair), None)
+    alone, both = finished(output / "steady"), finished(output / "pair")
+    for name, value in alone["heads"].items():
+        torch.testing.assert_close(both["heads"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for mine, theirs in zip(alone["history"], both["history"], strict=True):
+        same = {name: value for name, value in mine.items() if not name.startswith(TIMES)}
+        assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("rewards, message", [
