@@ -41,7 +41,7 @@ from grpo.data import Batch, Cursor, Dataset, windows
 from grpo.metrics import auroc
 from grpo.model import GPT, text_logits
 from grpo.noise import row_seeds, uniforms
-from grpo.remasking import choose, log_mask_probability, log_wrong_from_confidence
+from grpo.remasking import REMASK, choose, log_mask_probability, log_wrong_from_confidence
 from grpo.wavefront import PROPOSE, propose
 
 VARIANTS = {
@@ -94,7 +94,8 @@ def repair(model: GPT, bias: float, clean: Tensor, text: Tensor, planted: Tensor
     eligible = (torch.arange(text.shape[1]) >= FIRST_PLANTED).expand_as(text)
     seeds = row_seeds(seed, 3, 0, torch.arange(len(text)))
     doubt = doubts(model, text, way, bias)
-    chosen, _ = choose(doubt, planted.sum(1), eligible, randomness=1.0 if way == "chance" else 0.0, seeds=seeds, step=0)
+    noise = uniforms(seeds[:, None], 0, REMASK, torch.arange(text.shape[1]))
+    chosen, _ = choose(doubt, planted.sum(1), eligible, randomness=1.0 if way == "chance" else 0.0, noise=noise)
     row, column = chosen.nonzero(as_tuple=True)
     hidden = model.encode(text.masked_fill(chosen, model.vocabulary.mask_id))[row, column]
     drawn = propose(model, hidden, uniforms(seeds[row], 1, PROPOSE, column), temperature=0.5, top_p=1.0, record=False)

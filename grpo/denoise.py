@@ -16,7 +16,7 @@ a re-masking policy among unprotected positions. The last step leaves none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,12 @@ from torch import Tensor
 
 from grpo.model import GPT
 from grpo.noise import uniforms
-from grpo.remasking import FRESH_ONLY, POLICIES, Filled, choose, resolve_policy
+from grpo.remasking import FRESH_ONLY, POLICIES, REMASK, Filled, choose, resolve_policy
+from grpo.slices import slices
 from grpo.wavefront import PROPOSE, propose, wavefront_fill
+
+NOISE_AT_ONCE = 1 << 20
+"""Numbers of noise that are computed together: it takes fifty operations, however many they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +136,7 @@ def denoise(
     counts = torch.cat([masked.sum()[None], left.sum(1), num_free.sum()[None]])
     *num_masked, _, num_pool = [int(count) for count in counts.cpu()]  # the host's one read
 
-    for step in range(steps):
+    for step, (noise, choice_noise) in enumerate(_noise(seeds, steps, columns)):
         places = torch.nonzero_static(masked.flatten(), size=num_masked[step])[:, 0]
         neighbors = by_lm = waves = None
         if sampler:
@@ -146,9 +150,9 @@ def denoise(
             neighbors, by_lm, waves = front.neighbors, front.by_lm, front.waves
         else:
             hidden = model.encode(tokens, attention_mask, at=places)
-            noise = uniforms(seeds[places // columns], step, PROPOSE, places % columns)
             sampled = propose(
-                model, hidden, noise, temperature=temperature, top_p=top_p, record=on_step is not None
+                model, hidden, noise.flatten()[places], temperature=temperature, top_p=top_p,
+                record=on_step is not None,
             )
             filled = tokens.flatten().scatter(0, places, sampled.tokens).view_as(tokens)
 
@@ -166,7 +170,7 @@ def denoise(
                 )
             )
             remask, order = choose(
-                verdict.log_wrong, left[step], eligible, randomness=randomness, seeds=seeds, step=step
+                verdict.log_wrong, left[step], eligible, randomness=randomness, noise=choice_noise
             )
         if on_step is not None:
             on_step(
@@ -181,3 +185,12 @@ def denoise(
             )
         tokens, masked = torch.where(remask, vocabulary.mask_id, filled), remask
     return tokens
+
+
+def _noise(seeds: Tensor, steps: int, columns: int) -> Iterator[Tensor]:
+    """Each step's uniforms [2, B, T], for the proposals and for the re-masking choice; of several steps at once."""
+    column = torch.arange(columns, device=seeds.device)
+    purpose = torch.tensor([PROPOSE, REMASK], device=seeds.device)[:, None, None]
+    for part in slices(steps, 2 * len(seeds) * columns, NOISE_AT_ONCE):
+        step = torch.arange(part.start, part.stop, device=seeds.device)[:, None, None, None]
+        yield from uniforms(seeds[:, None], step, purpose, column)

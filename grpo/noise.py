@@ -73,4 +73,9 @@ def uniforms(seeds: Tensor, *counters: int | Tensor) -> Tensor:
 
 def gumbels(seeds: Tensor, *counters: int | Tensor) -> Tensor:
     """Standard Gumbel noise, float64, shaped like `uniforms`; argmax(logits + noise) samples softmax(logits)."""
-    return -torch.log(-torch.log(uniforms(seeds, *counters)))
+    return to_gumbels(uniforms(seeds, *counters))
+
+
+def to_gumbels(uniforms: Tensor) -> Tensor:
+    """Uniforms in (0, 1), of any shape, as standard Gumbel noise."""
+    return -torch.log(-torch.log(uniforms))

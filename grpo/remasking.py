@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from grpo.mask_bias import mask_log_odds
 from grpo.model import GPT
-from grpo.noise import gumbels
+from grpo.noise import to_gumbels
 from grpo.wavefront import state_slices
 
 REMASK = 5  # purpose of noise; wavefront.py has the others
@@ -153,7 +153,7 @@ def plackett_luce_weights(log_wrong: Tensor, randomness: float) -> Tensor:
 
 
 def choose(
-    log_wrong: Tensor, k: Tensor, eligible: Tensor, *, randomness: float, seeds: Tensor, step: int
+    log_wrong: Tensor, k: Tensor, eligible: Tensor, *, randomness: float, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Choose exactly min(k, eligible) positions of each row.
 
@@ -162,8 +162,7 @@ def choose(
         k: [B] int64.
         eligible: [B, T] bool.
         randomness: 0 for the top k (ties to the left), 1 for a uniform draw, between for Plackett-Luce.
-        seeds: [B] int64.
-        step: denoising step, a counter of the noise.
+        noise: [B, T] float64 uniforms.
 
     Returns:
         [B, T] bool, the chosen; [B, T] int64, their positions in the order drawn, then -1.
@@ -171,7 +170,7 @@ def choose(
     column = torch.arange(log_wrong.shape[1], device=log_wrong.device)
     keys = log_wrong
     if randomness > 0:
-        keys = plackett_luce_weights(log_wrong, randomness) + gumbels(seeds[:, None], step, REMASK, column)
+        keys = plackett_luce_weights(log_wrong, randomness) + to_gumbels(noise)
     order = torch.where(eligible, keys, float("-inf")).argsort(dim=1, descending=True, stable=True)
     taken = column < torch.minimum(k, eligible.sum(1))[:, None]
     return torch.zeros_like(eligible).scatter(1, order, taken), torch.where(taken, order, -1)

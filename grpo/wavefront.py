@@ -23,7 +23,7 @@ any known token first seeds itself with its most confident positions from the lm
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from grpo.slices import slices
 
 PROPOSE, SEED, HIDE_LEFT, HIDE_RIGHT = 1, 2, 3, 4  # purposes of noise; remasking.py has its own
 _FAR = 1 << 40  # distance to a known token that does not exist
+_BELOW_ONE = 1 - 2.0**-52  # times a total near 1 it rounds to less than the total: a token with probability is hit
 _LOGITS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # of [M, V] tables, float64: 1 MB, in the cache; 0.5 GB
 
 
@@ -102,7 +103,9 @@ def proposal_logprobs(logits: Tensor, temperature: float, support: Tensor | None
     Returns:
         [..., base_size], at least float32; -inf outside the support.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits = logits / temperature
     if support is not None:
         logits = logits.masked_fill(~support, float("-inf"))
     return logits.log_softmax(-1)
@@ -126,9 +129,8 @@ def sample_tokens(
     wide = logprobs.double()
     probabilities = wide.exp()
     cumulative = probabilities.cumsum(-1)
-    total = cumulative[:, -1:].contiguous()
-    tokens = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
-    tokens = tokens.minimum(torch.searchsorted(cumulative, total))  # the last possible token, should the noise round up
+    target = noise.clamp(max=_BELOW_ONE)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True)
     tokens = tokens.clamp(max=logprobs.shape[-1] - 1)  # NaN logits are reported as such, not as a bad index
     chosen = logprobs.gather(-1, tokens)[:, 0]
     plain = chosen if temperature == 1 and top_p == 1 else proposal_logprobs(logits, 1.0).gather(-1, tokens)[:, 0]
@@ -201,6 +203,8 @@ def propose(
 
 
 def _concatenate(parts: list[Sampled], record: bool) -> Sampled:
+    if len(parts) == 1:
+        return parts[0] if record else replace(parts[0], support=None)
     support = torch.cat([part.support for part in parts]) if record and parts[0].support is not None else None
     columns = [torch.cat([getattr(part, name) for part in parts]) for name in ("tokens", "logprobs", "confidences")]
     return Sampled(*columns, support, torch.cat([part.entropies for part in parts]) if record else None)
@@ -307,24 +311,21 @@ def wavefront_fill(
     row, column = places // columns, places % columns
     noise = uniforms(seeds[row], step, PROPOSE, column)
     states, by_lm = states[places], seeded.flatten()[places]
-    board = F.pad(visible, (1, 1), value=vocabulary.pad_id).flatten()  # edges read as pads
+    board = F.pad(torch.where(known, visible, -1), (1, 1), value=-1).flatten()  # the text as a neighbour is seen
     places = row * (columns + 2) + column + 1
     around = places[:, None] + torch.tensor([-1, 1], device=places.device)
 
     neighbors, parts = [], []
-    start = 0
-    for size in sizes or [0]:
-        now = slice(start, start + size)
-        seen = board[around[now]]
-        neighbors.append(torch.where(seen < vocabulary.base_size, seen, -1))
+    waves = zip(*(each.split(sizes or [0]) for each in (states, noise, places, around, by_lm)), strict=True)
+    for index, (wave_states, wave_noise, wave_places, beside, seeds_here) in enumerate(waves):
+        neighbors.append(board[beside])
         parts.append(
             propose(
-                model, states[now], noise[now], neighbors[-1], by_lm[now],
+                model, wave_states, wave_noise, neighbors[-1], seeds_here if num_unreached and not index else None,
                 temperature=temperature, top_p=top_p, record=record,
             )
         )
-        board[places[now]] = parts[-1].tokens
-        start += size
+        board[wave_places] = parts[-1].tokens
     filled = board.view(rows, columns + 2)[:, 1:-1]
     return WavefrontResult(
         tokens=torch.where(masked, filled, tokens),

@@ -6,7 +6,7 @@ import torch
 
 from grpo.config import ModelSection
 from grpo.model import GPT
-from grpo.noise import row_seeds
+from grpo.noise import uniforms
 from grpo.remasking import (
     POLICIES,
     Filled,
@@ -100,13 +100,13 @@ def test_each_policy_gives_the_log_probability_of_wrong():
 
 def test_exactly_k_are_chosen_and_protected_positions_never_are():
     rows, columns = 200, 12
-    seeds = row_seeds(0, 0, 0, torch.arange(rows))
+    noise = uniforms(torch.arange(rows)[:, None], torch.arange(columns))
     log_wrong = torch.randn(rows, columns, dtype=torch.float64) - 5
     eligible = torch.rand(rows, columns) < 0.4
     log_wrong[~eligible] = 100.0  # a protected position that looks wrong must not take a place
     k = torch.randint(0, columns + 1, (rows,))
     for randomness in (0.0, 0.3, 1.0):
-        remask, order = choose(log_wrong, k, eligible, randomness=randomness, seeds=seeds, step=1)
+        remask, order = choose(log_wrong, k, eligible, randomness=randomness, noise=noise)
         assert torch.equal(remask.sum(1), k.minimum(eligible.sum(1)))
         assert not (remask & ~eligible).any()
         listed = torch.zeros(rows, columns + 1, dtype=torch.long).scatter_add(
@@ -117,20 +117,20 @@ def test_exactly_k_are_chosen_and_protected_positions_never_are():
 
 def test_no_randomness_takes_the_likeliest_wrong_and_full_randomness_ignores_them():
     rows = 4000
-    seeds = row_seeds(0, 0, 0, torch.arange(rows))
+    noise = uniforms(torch.arange(rows)[:, None], torch.arange(4))
     log_wrong = torch.tensor([-1.0, -8.0, -2.0, -8.0], dtype=torch.float64).expand(rows, -1)
     everywhere, two = torch.ones(rows, 4, dtype=torch.bool), torch.full((rows,), 2)
-    _, order = choose(log_wrong, two, everywhere, randomness=0.0, seeds=seeds, step=0)
+    _, order = choose(log_wrong, two, everywhere, randomness=0.0, noise=noise)
     assert (order[:, :2] == torch.tensor([0, 2])).all()
-    remask, _ = choose(log_wrong, two, everywhere, randomness=1.0, seeds=seeds, step=0)
+    remask, _ = choose(log_wrong, two, everywhere, randomness=1.0, noise=noise)
     assert (remask.double().mean(0) - 0.5).abs().max() < 0.03
 
 
 def test_a_choice_does_not_depend_on_batch_mates():
-    seeds = row_seeds(0, 0, 0, torch.arange(8))
+    noise = uniforms(torch.arange(8)[:, None], torch.arange(6))
     log_wrong, k, everywhere = torch.randn(8, 6), torch.full((8,), 3), torch.ones(8, 6, dtype=torch.bool)
     call = lambda r: choose(  # noqa: E731
-        log_wrong[r].double(), k[r], everywhere[r], randomness=0.5, seeds=seeds[r], step=0
+        log_wrong[r].double(), k[r], everywhere[r], randomness=0.5, noise=noise[r]
     )[1]
     together = call(slice(None))
     assert all(torch.equal(call(slice(i, i + 1))[0], together[i]) for i in range(8))
@@ -176,8 +176,7 @@ def test_choices_follow_the_plackett_luce_law():
         torch.full((rows,), 2),
         everywhere,
         randomness=randomness,
-        seeds=row_seeds(0, 0, 0, torch.arange(rows)),
-        step=3,
+        noise=uniforms(torch.arange(rows)[:, None], torch.arange(3)),
     )
     weights = plackett_luce_weights(log_wrong, randomness)[None]
     for pair in itertools.permutations(range(3), 2):
