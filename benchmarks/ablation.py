@@ -3,8 +3,9 @@
     python benchmarks/ablation.py [--quick] [--seeds N] [--data FILE]
 
 Variants of the same rounds over one base model: as configured; without the policy gradient (anchor alone); with
-advantages that see the temperature; with visible features only; with the last heads as the result. The gain of each is
-the judge's NLL of the base at the variant's token entropy, read off a curve over temperatures, less the variant's own.
+advantages that see the temperature; with visible features only; without neighbours in a token's score; with a scoring
+head that lags; with advantages divided by their spread; with the last heads as the result. The gain of each is the
+judge's NLL of the base at the variant's token entropy, read off a curve over temperatures, less the variant's own.
 The last line is a JSON object: `rows` (variant, gain and its parts, 95 % intervals over seeds) and `gain`.
 """
 
@@ -33,6 +34,9 @@ VARIANTS: dict[str, list[str]] = {
     "anchor alone": [],
     "advantages see the temperature": ["grpo.neutral=false"],
     "visible features only": ["reward.masked_passes=0"],
+    "no neighbours": ["reward.reach=0"],
+    "a head that lags": ["reward.ema=0.9"],
+    "normalized advantages": ["grpo.normalize=true"],
     "last heads": ["grpo.ema=0"],
 }
 

@@ -11,7 +11,8 @@ examples, and validity is never a reward: it is only counted, before and after.
    natural ones and no discriminator wins by them. (When the filling up to a block was the generator's choice, the two
    players circled about the length: findings.)
 3. Invalid at few steps is what tokens filled at once do to each other. A base with twice the steps stands beside.
-4. `distinct_ratio`: share of distinct sentences, final against base. `letters_js`: Jensen-Shannon distance between the
+4. `grpo.neutral` is off: to be valid is to be less random, so a change of temperature is part of the answer here.
+5. `distinct_ratio`: share of distinct sentences, final against base. `letters_js`: Jensen-Shannon distance between the
    frequencies of single characters and those of natural sentences.
 
 The last line is a JSON object: `base_valid`, `final_valid`, `distinct_ratio`, `invalid_removed`, `rows`, with `_ci95`
@@ -110,6 +111,8 @@ def settings(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
         "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "pretrain.steps=800", "sampler.start=200",
         "critic.start=300", "critic.end=400", f"data.block_size={BLOCK}", "data.layout=documents",
         "data.validation_fraction=0.2", "data.judge_fraction=0", "grpo.prompt_tokens=1", "evaluation.samples=1024",
+        "denoise.sampler=true", "grpo.neutral=false", "grpo.anchor=0", "grpo.rounds=240", "reward.warmup_steps=90",
+        "reward.batch_size=256",
     ]  # fmt: skip
     if args.quick:
         sizes += ["pretrain.steps=400", "sampler.start=60", "critic.start=100", "critic.end=120", "grpo.rounds=20",

@@ -63,7 +63,8 @@ def work(row: str, size: int, args: argparse.Namespace, seed: int) -> Callable[[
         tokens, seeds = torch.full((rows, columns), model.vocabulary.mask_id), row_seeds(seed, 0, 0, torch.arange(rows))
         return lambda: denoise(model, tokens, seeds=seeds, steps=steps)
     config = load_config(TINY, [f"run.seed={seed}", f"run.cache={args.cache}", "grpo.prompts=4",
-                                f"grpo.group_size={size}", f"reward.batch_size={8 * size}", "reward.max_steps=4"])
+                                f"grpo.group_size={size}", f"reward.batch_size={8 * size}", "reward.min_steps=4",
+                                "reward.max_steps=4"])
     dataset = dataset_of(config)
     torch.manual_seed(seed)
     base = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size).eval()

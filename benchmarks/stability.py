@@ -7,9 +7,10 @@ held-out prompts. A seed survives if, whenever it is measured, its token entropy
 natural text's. The share of rounds is counted in which the discriminator's accuracy on texts that it has not trained on
 lies within `reward.band_low` .. `reward.band_high`.
 
-Variants leave out the accuracy band (as many reward steps in every round), the replay buffer, the KL penalty, the
-anchor, or what holds the entropy; `--ablations` says with how many seeds. Each seed of each variant is kept in the
-cache, so that a run that was stopped goes on and one with more seeds adds to what is there.
+Variants leave out the accuracy band (as many reward steps in every round), the replay buffer, the KL penalty or the
+anchor, let the advantages see the temperature, or divide them by their spread and score with a head that lags;
+`--ablations` says with how many seeds. Each seed of each variant is kept in the cache, so that a run that was stopped
+goes on and one with more seeds adds to what is there.
 
 The last line is a JSON object: `survived` and `in_band` (shares), `entropy_kept` (least entropy over natural text's,
 mean over seeds), each with `_ci95` over seeds, and `rows`.
@@ -45,11 +46,12 @@ from grpo.text_quality import distinct_n, token_entropy
 KEPT = 0.95
 VARIANTS: dict[str, list[str]] = {
     "as configured": [],
-    "no band": ["reward.min_steps=8", "reward.max_steps=8"],
+    "no band": ["reward.min_steps=40"],
     "no replay": ["reward.replay_rounds=0"],
     "no KL": ["grpo.kl=0"],
     "no anchor": ["grpo.anchor=0"],
-    "nothing holds the entropy": ["grpo.entropy=0", "grpo.neutral=false"],
+    "advantages see the temperature": ["grpo.neutral=false"],
+    "normalized advantages, a head that lags": ["grpo.normalize=true", "reward.ema=0.9"],
 }
 
 

@@ -59,7 +59,7 @@ class GrpoSection:
     """G, samples per prompt (GRPO, arXiv:2402.03300)."""
     prompt_tokens: int = 16
     """Tokens of natural text that each completion continues; the rest of data.block_size is generated."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """AdamW learning rate of the generator's heads."""
     grad_clip: float = 1.0
     """Maximal gradient norm of each trainable part by itself."""
@@ -70,16 +70,17 @@ class GrpoSection:
     """Lower clip range of the likelihood ratio."""
     epsilon_high: float = 0.28
     """Upper clip range of the likelihood ratio (DAPO's clip-higher)."""
-    kl: float = 0.03
+    kl: float = 0.1
     """Weight of the KL divergence to the base heads, exact over the vocabulary, nats per action."""
     ema: float = 0.9
     """Decay per round of the averaged heads, which are the run's result (two players orbit; their mean does not);
     young averages decay faster. 0: the last heads."""
-    num_iterations: int = 1
+    num_iterations: int = 4
     """Passes over each round's rollouts."""
-    normalize: bool = True
-    """Divide advantages by the group's standard deviation (false: Dr. GRPO)."""
-    credit: str = "window"
+    normalize: bool = False
+    """Divide advantages by the group's standard deviation (false: Dr. GRPO). A discriminator's log-odds shrink as texts
+    become natural, and so should its push; a user's rewards usually want their scale taken out."""
+    credit: str = "token"
     """What a token earns: `sequence`: the pooled signal of its text; `token`: its own signal; `both`: its own plus the
     text's mean; `window`: the mean signal within `credit_window` tokens of it."""
     credit_window: int = 2
@@ -87,9 +88,8 @@ class GrpoSection:
     neutral: bool = True
     """Remove from the advantages what a change of temperature would explain, so that the first-order effect of an
     update on the policy's entropy along that knob is zero."""
-    entropy: float = 1.0
-    """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control. Without it
-    the cheapest way to please a discriminator is a lower temperature."""
+    entropy: float = 0.0
+    """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control."""
     entropy_floor: float = 0.5
     """Collapse: where the policy's entropy falls below this share of the first round's, it goes back to the averaged
     policy and its learning rate is halved; 0: never."""
@@ -100,11 +100,11 @@ class GrpoSection:
     under `self` they always are."""
     residual: int = 256
     """Width of the zero-initialised residual MLP in front of the generator's untied lm head; 0: none."""
-    anchor: float = 1.0
+    anchor: float = 0.1
     """Weight of the diffusion loss on natural text in the generator phase."""
     adversary: float = 1.0
     """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually go
-    `entropy: 0` and `entropy_floor: 0`."""
+    `normalize: true` and `entropy_floor: 0`."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
     weight of 0 logs one without learning from it."""
@@ -221,21 +221,22 @@ class RewardSection:
     """AdamW learning rate of the reward head."""
     smoothing: float = 0.1
     """Label smoothing: targets are smoothing and 1 - smoothing."""
-    ema: float = 0.9
-    """Decay per round of the averaged head that scores; 0: score with the trained head itself."""
+    ema: float = 0.0
+    """Decay per round of the averaged head that scores; 0: score with the trained head itself. A head that lags behind
+    the generator is exploited: see docs/findings.md."""
     spectral_norm: bool = False
     """Spectral normalisation of the head's matrices (arXiv:1802.05957)."""
     replay_rounds: int = 8
     """Rounds of earlier rollouts kept for the reward phase."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Natural plus generated texts per reward step."""
-    min_steps: int = 4
+    min_steps: int = 10
     """Fewest reward steps of a round."""
-    max_steps: int = 8
+    max_steps: int = 40
     """Most reward steps of a round."""
     warmup_rounds: int = 6
     """Rounds before the first generator phase in which only the reward head trains."""
-    warmup_steps: int = 30
+    warmup_steps: int = 60
     """Reward steps of each of these rounds."""
     band_low: float = 0.6
     """Held-out accuracy below which the controller adds reward steps."""

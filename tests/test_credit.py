@@ -33,7 +33,7 @@ def rollout():
 def credits(users, tokens=None, **settings):
     scores = Scores(logits=draw(B, 2, seed=2), token_logits=draw(B, T, seed=3) if tokens is None else tokens,
                     features=None, version=0, users=users)
-    grpo = GrpoSection(**{"rewards": {NAME: 1.0}, "credit": "token", **settings})
+    grpo = GrpoSection(**{"rewards": {NAME: 1.0}, "credit": "token", "normalize": True, **settings})
     found, sums = action_credits([rollout()], [scores], [WEIGHTS], grpo=grpo, signal="log_odds",
                                  all_reduce=lambda tensor, op="sum": tensor)
     return found[0], sums
