@@ -89,9 +89,9 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, float]:
                                sampler=sampler, remasking_model=judge if remasking == "model" else None)
 
             num = steps + (steps - 1) * (policy in LOOKS_AGAIN)
-            turns = max(3, min(15, 200 // (rows * num)))
-            times = alternate(
-                {"denoise": ours, "forwards": lambda n=num, t=tokens: forwards(model, t, n)}, turns)
+            turns = max(1, min(15, 400 // (rows * num)))
+            times = alternate({"denoise": ours, "forwards": lambda n=num, t=tokens: forwards(model, t, n)}, turns,
+                              warm=int(turns > 1))
             overhead = ratio(times["denoise"], times["forwards"]) - 1
             overheads[sampler].append(overhead)
             rate = rows * COLUMNS / statistics.median(times["denoise"])
