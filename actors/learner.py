@@ -47,7 +47,6 @@ from grpo.policy_loss import (
     mean_log_ratios,
 )
 from grpo.replay import CACHED, Part, action_values, draw_steps, part_logprobs, split
-from grpo.reward_loss import entropy_coefficient
 from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions
 
 ANCHOR_STREAM = 21
@@ -91,7 +90,6 @@ class Learner:
         self.mask_bias = MaskBias(config.mask_bias, device)
         self.first_entropy: float | None = None
         self.back_offs = 0
-        self.entropy_integral = self.entropy_weight = 0.0
         self.version = 0
 
     # ---- what the actors need -------------------------------------------------------------------------------------
@@ -181,12 +179,7 @@ class Learner:
         self.first_entropy = self.first_entropy or metrics["entropy"]
         if metrics["entropy"] < grpo.entropy_floor * self.first_entropy:
             self._back_off()
-        if grpo.entropy:
-            self.entropy_integral, self.entropy_weight = entropy_coefficient(
-                self.entropy_integral, metrics["entropy"], grpo.entropy * self.first_entropy
-            )
         return metrics | {
-            "entropy_weight": self.entropy_weight,
             "ratio_max": float(self.all_reduce(ratio_max, "max")),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "back_offs": self.back_offs,
@@ -209,7 +202,7 @@ class Learner:
             "version": self.version,
             "num_reward_steps": self.discriminator.num_steps,
             "mask_bias": self.mask_bias.state_dict(),
-            "entropy": [self.first_entropy, self.entropy_integral, self.entropy_weight],
+            "first_entropy": self.first_entropy,
             "back_offs": self.back_offs,
         }
 
@@ -220,7 +213,7 @@ class Learner:
         load_flat_state(self.optimizer, with_prefix(tensors, "optimizer."))
         self.version = numbers["version"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
-        self.first_entropy, self.entropy_integral, self.entropy_weight = numbers["entropy"]
+        self.first_entropy = numbers["first_entropy"]
         self.back_offs = numbers["back_offs"]
         set_learning_rate(self.optimizer, self._learning_rate)
         self.discriminator.load(with_prefix(tensors, "discriminator."), texts, numbers["num_reward_steps"])
@@ -312,8 +305,7 @@ class Learner:
         )
         of_tokens = weights[: len(rollout.actions)]
         figures |= metrics | {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, of_tokens)}
-        loss = loss + grpo.kl * (weights * kl).sum() - self.entropy_weight * (of_tokens * spread).sum()
-        return loss, figures, torch.cat([ratios.detach(), ratios.new_zeros(1)]).max()
+        return loss + grpo.kl * (weights * kl).sum(), figures, torch.cat([ratios.detach(), ratios.new_zeros(1)]).max()
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The multi-task loss on natural text with the mask-bias controller (DESIGN 9)."""

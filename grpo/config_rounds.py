@@ -88,8 +88,6 @@ class GrpoSection:
     neutral: bool = True
     """Remove from the advantages what a change of temperature would explain, so that the first-order effect of an
     update on the policy's entropy along that knob is zero."""
-    entropy: float = 0.0
-    """Policy entropy that a controller holds, as a share of the base's on the first round; 0: no control."""
     entropy_floor: float = 0.5
     """Collapse: where the policy's entropy falls below this share of the first round's, it goes back to the averaged
     policy and its learning rate is halved; 0: never."""
@@ -172,7 +170,7 @@ class GrpoSection:
         check(0 < self.epsilon_low < 1, "grpo.epsilon_low", "between 0 and 1", self.epsilon_low)
         check(self.epsilon_high > 0, "grpo.epsilon_high", "positive", self.epsilon_high)
         for name in (
-            "kl", "anchor", "entropy", "credit_window", "residual", "adversary", "replay_steps", "micro_batch",
+            "kl", "anchor", "credit_window", "residual", "adversary", "replay_steps", "micro_batch",
         ):
             check(getattr(self, name) >= 0, f"grpo.{name}", "0 or more", getattr(self, name))
         for name, weight in self.rewards.items():

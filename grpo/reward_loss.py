@@ -19,9 +19,6 @@ from torch import Tensor
 
 from grpo.metrics import weighted_sum
 
-ENTROPY_INTEGRAL_GAIN = 0.1
-ENTROPY_PROPORTIONAL_GAIN = 2.0
-
 
 def log_odds(logits: Tensor) -> Tensor:
     """log P(natural) - log P(synthetic) from pooled logits [B, 2]; returns [B]."""
@@ -119,21 +116,6 @@ def dense_rewards(
             )
             rewards = sums / counts.clamp(min=1e-6)
     return rewards * completion_mask
-
-
-def entropy_coefficient(integral: float, entropy: float, target: float) -> tuple[float, float]:
-    """Weight of the entropy bonus (negative: a penalty): a PI controller that holds the policy's entropy at a target.
-
-    Args:
-        integral: the controller's state.
-        entropy, target: nats per action.
-
-    Returns:
-        The new integral and the weight.
-    """
-    error = (target - entropy) / target
-    integral += ENTROPY_INTEGRAL_GAIN * error
-    return integral, integral + ENTROPY_PROPORTIONAL_GAIN * error
 
 
 def reward_steps(

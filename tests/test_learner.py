@@ -289,7 +289,7 @@ def policy_gradient(world, rollouts, scores, prompts, round=0):
     return gradients
 
 
-PLAIN = dict(anchor=0.0, kl=0.0, entropy=0.0, num_iterations=1, grad_clip=1e9)
+PLAIN = dict(anchor=0.0, kl=0.0, num_iterations=1, grad_clip=1e9)
 
 
 @pytest.mark.parametrize("neutral", [False, True])

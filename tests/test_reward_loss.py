@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from grpo.reward_loss import (
-    ENTROPY_INTEGRAL_GAIN,
-    ENTROPY_PROPORTIONAL_GAIN,
     dense_rewards,
     discriminator_loss,
-    entropy_coefficient,
     log_odds,
     reward_steps,
 )
@@ -164,16 +161,3 @@ def test_reward_steps_move_by_one_towards_the_band_and_stay_in_bounds():
 
     assert [step(4, a) for a in (0.5, 0.6, 0.7, 0.8, 0.9)] == [5, 4, 4, 4, 3]
     assert step(8, 0.5) == 8 and step(1, 0.99) == 1
-
-
-def test_the_entropy_controller_pushes_back_and_finds_the_weight_that_holds():
-    assert entropy_coefficient(0.0, 2.0, 2.0) == (0.0, 0.0)
-    integral, weight = entropy_coefficient(0.5, 1.5, 2.0)  # a quarter too low: a bonus
-    assert integral == pytest.approx(0.5 + ENTROPY_INTEGRAL_GAIN / 4)
-    assert weight == pytest.approx(integral + ENTROPY_PROPORTIONAL_GAIN / 4)
-    assert entropy_coefficient(0.0, 3.0, 2.0)[1] < 0  # too high: a penalty
-    entropy, integral = 2.0, 0.0
-    for _ in range(400):  # a policy that loses 0.02 nats a round and answers the bonus
-        integral, weight = entropy_coefficient(integral, entropy, 2.0)
-        entropy += 0.1 * weight - 0.02
-    assert entropy == pytest.approx(2.0, abs=1e-3) and weight == pytest.approx(0.2, abs=1e-2)

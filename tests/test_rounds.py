@@ -102,7 +102,8 @@ def test_one_actor_or_two_give_the_same_figures(steady, paths, tmp_path):
 
 @pytest.mark.parametrize(("what", "age"), [("lora", 1), ("all", 0)])
 def test_what_trains_below_the_heads_travels_and_resumes(paths, tmp_path, what, age):
-    config = configure(trainable=what, lora_rank=2, max_staleness=age, replay_steps=1, micro_batch=3, rounds=4)
+    config = configure(trainable=what, lora_rank=2, max_staleness=age, replay_steps=1, micro_batch=3, rounds=4,
+                       num_iterations=1)
     history, tensors = run(config, paths, tmp_path / "steady")
     assert history[-1]["kl"] > 0 and ("importance" in history[-1]) == bool(age)
     if age:
@@ -116,10 +117,10 @@ def test_what_trains_below_the_heads_travels_and_resumes(paths, tmp_path, what, 
 
 
 def test_a_users_reward_can_do_without_an_adversary(paths, tmp_path):
-    history, tensors = run(configure(adversary=0.0, entropy=0.0), paths, tmp_path, stop_at=3)
+    history, tensors = run(configure(adversary=0.0), paths, tmp_path, stop_at=3)
     assert len(history) == ROUNDS and "reward_accuracy" not in history[0]
     assert all(row["reward"] == pytest.approx(row[VOWELS]) for row in history)
-    undisturbed, same = run(configure(adversary=0.0, entropy=0.0), paths, tmp_path / "again")
+    undisturbed, same = run(configure(adversary=0.0), paths, tmp_path / "again")
     assert undisturbed == history and all(torch.equal(tensors[name], same[name]) for name in same)
 
 
