@@ -9,7 +9,7 @@ held against the truth that it never saw.
 1. `accuracy`: natural against generated, on the texts of rounds that the head has not trained on yet.
 2. `auroc_text`: does the pooled signal put valid generated sentences above invalid ones?
 3. `auroc_token`: does a token's reward (credit `grpo.credit`) put letters that stand in order above those that do not?
-   By `reward.signal`: log-odds, or the probability, which saturates before it is averaged over a window.
+   By `reward.signal`: log-odds, or the probability, which saturates.
 
 The last line is a JSON object: `rows`, `best_pooling` and `best_loss` (by accuracy), with `_ci95` over seeds.
 """
@@ -45,6 +45,8 @@ VARIANTS = {
     "both, bce, visible states alone": ["reward.masked_passes=0"],
     "both, bce, 3 masked passes": ["reward.masked_passes=3"],
     "both, bce, all layers": ["reward.layers=[1,2,-1]"],
+    "both, bce, no neighbours": ["reward.reach=0"],
+    "both, bce, two neighbours on each side": ["reward.reach=2"],
 }  # fmt: skip
 
 
