@@ -5,7 +5,8 @@
    float32 from compiled models alone; this calls the same operator directly, and gives it a backward.
 2. Which library is used depends on the machine and on the sizes of the product, never on a timing: a resumed run goes
    on bit for bit. Small products stay with MKL, for oneDNN's call costs 10 microseconds more.
-3. Everywhere else (GPU, other dtypes, autocast, other processors, a torch without the operator) this is `F.linear`.
+3. Everywhere else (GPU, compiled models, other dtypes, autocast, other processors, a torch without the operator) this
+   is `F.linear`.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x [..., K], weight [N, K], bias [N] -> [..., N]."""
     if (
-        x.numel() * len(weight) < _LEAST
-        or not x.is_cpu
+        not x.is_cpu
+        or torch.compiler.is_compiling()
+        or x.numel() * len(weight) < _LEAST
         or not x.dtype == weight.dtype == torch.float32
         or not prefers_onednn()
         or torch.is_autocast_enabled("cpu")

@@ -60,14 +60,17 @@ def test_a_frozen_weight_gets_no_gradient_and_no_product_for_it(calls):
     torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(64, 96), rtol=0, atol=1e-5)
 
 
-def test_other_dtypes_small_products_and_autocast_are_left_to_torch(calls):
+def test_other_dtypes_small_products_autocast_and_compiled_models_are_left_to_torch(calls):
     layer = Linear(96, 256)
     double = Linear(96, 256, dtype=torch.float64)
     assert torch.equal(double(torch.ones(64, 96).double()), F.linear(torch.ones(64, 96).double(), *double.parameters()))
     assert torch.equal(layer(torch.ones(2, 96)), F.linear(torch.ones(2, 96), *layer.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.ones(64, 96)).dtype == torch.bfloat16
+    compiled = torch.compile(layer, backend="eager")(torch.ones(64, 96))
     assert calls == []
+    torch.testing.assert_close(compiled, layer(torch.ones(64, 96)))
+    assert len(calls) == 1  # of the plain layer
 
 
 def test_layers_start_and_are_stored_like_torchs_own():
