@@ -9,7 +9,6 @@ held against the truth that it never saw.
 1. `accuracy`: natural against generated, on the texts of rounds that the head has not trained on yet.
 2. `auroc_text`: does the pooled signal put valid generated sentences above invalid ones?
 3. `auroc_token`: does a token's reward (credit `grpo.credit`) put letters that stand in order above those that do not?
-   By `reward.signal`: log-odds, or the probability, which saturates.
 
 The last line is a JSON object: `rows`, `best_pooling` and `best_loss` (by accuracy), with `_ci95` over seeds.
 """
@@ -80,13 +79,10 @@ def measure(args: argparse.Namespace, seed: int, dataset: Dataset, base: GPT, ov
     valid, mask = is_valid(dataset, rollout), rollout.completion_mask
     right = in_order(rollout.tokens, rollout.attention_mask)
 
-    def token_auroc(signal: str) -> float:
-        rewards = dense_rewards(scores.logits, scores.token_logits, mask, credit=grpo.credit, signal=signal,
-                                window=grpo.credit_window)
-        return float(auroc(rewards[mask], right[mask]))
-
+    rewards = dense_rewards(scores.logits, scores.token_logits, mask, credit=grpo.credit, signal=config.reward.signal,
+                            window=grpo.credit_window)
     return {"accuracy": accuracy, "auroc_text": float(auroc(log_odds(scores.logits), valid)),
-            "auroc_token": token_auroc("log_odds"), "auroc_token_probability": token_auroc("probability")}
+            "auroc_token": float(auroc(rewards[mask], right[mask]))}
 
 
 def main() -> None:
