@@ -1,7 +1,8 @@
 """What each credited action earns: the discriminator's dense rewards and the user's own, relative to the group.
 
-1. Each reward is centred and scaled within its group by itself and weighted afterwards, so that weights compare what
-   is on different scales (GDPO, arXiv:2601.05242).
+1. A user's reward is centred and scaled within its group by itself and weighted afterwards, so that weights compare
+   what is on different scales (GDPO, arXiv:2601.05242). The discriminator's is scaled with `grpo.normalize` alone: it
+   shrinks as texts become natural, and its push should too.
 2. A user's reward belongs to the whole text, and so to each of its actions alike.
 3. `grpo.neutral` works on the discriminator's part alone: what is wanted of the temperature there is nothing, while a
    user's reward may well ask for another one.
@@ -76,7 +77,7 @@ def _advantages(
         sums["p_natural"] = weighted_sum(log_odds(logits).sigmoid(), ones)
     for name, weight in grpo.rewards.items():
         own = score.users[name].to(mask.device)
-        by_text = by_text + weight * group_advantages(own.unflatten(0, (-1, size)), normalize=grpo.normalize).flatten()
+        by_text = by_text + weight * group_advantages(own.unflatten(0, (-1, size))).flatten()
         rewards = rewards + weight * own[:, None] * mask
         figure = f"rewards/{name.replace(':', '.')}"
         sums |= {figure: weighted_sum(own, ones), f"{figure}_square": weighted_sum(own.square(), ones)}

@@ -5,7 +5,7 @@
    space. The reward phase draws the same (round, k) pairs on every rank and each rank trains on those it owns, so the
    number of ranks changes nothing but the order of summation.
 3. The head is judged before it is trained: its accuracy on a round's new texts is a held-out figure.
-4. An average of the head scores; during the warm-up it is the head itself, so that no random weights stay in it.
+4. An average of the head may score (`reward.ema`); by default, and in the warm-up, it is the head itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Discriminator:
         self.num_steps = config.reward.max_steps
 
     def scoring_heads(self) -> Arrays:
-        """The averaged reward head, under the names that a reward model's heads have."""
+        """The reward head that scores, under the names that a reward model's heads have."""
         state = {f"reward.{name}": value for name, value in self.average.state_dict().items()}
         return {name: array.copy() for name, array in to_arrays(state).items()}
 
@@ -168,7 +168,7 @@ class Discriminator:
         return reduced_means(sums, self.all_reduce) | {"reward_steps": steps}
 
     def steer(self, accuracy: float) -> None:
-        """Choose the next round's reward steps by the held-out accuracy (DESIGN 10)."""
+        """Choose the next round's reward steps by the held-out accuracy."""
         settings = self.config.reward
         self.num_steps = reward_steps(
             self.num_steps,

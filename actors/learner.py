@@ -308,7 +308,7 @@ class Learner:
         return loss + grpo.kl * (weights * kl).sum(), figures, torch.cat([ratios.detach(), ratios.new_zeros(1)]).max()
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The multi-task loss on natural text with the mask-bias controller (DESIGN 9)."""
+        """The multi-task loss on natural text with the mask-bias controller."""
         tokens, mask = natural.tokens.to(self.device), natural.attention_mask.to(self.device)
         seeds, times = stratified_rows(self.config.run.seed, ANCHOR_STREAM, step, rows, len(rows) * self.world)
         seeds, times = seeds.to(self.device), times.to(self.device)

@@ -27,7 +27,7 @@ from grpo.data import Dataset
 from grpo.model import GPT
 
 NAME = "grpo.example_rewards:vowel_share"
-ALONE = [f'grpo.rewards={{"{NAME}": 1.0}}', "grpo.adversary=0", "grpo.anchor=0", "grpo.normalize=true",
+ALONE = [f'grpo.rewards={{"{NAME}": 1.0}}', "grpo.adversary=0", "grpo.anchor=0",
          "grpo.entropy_floor=0", "grpo.learning_rate=3e-4", "grpo.kl=0.03", "grpo.num_iterations=1"]
 KINDS = {"diffusion": [], "causal": ["model.attention=causal", "model.critic=false", "model.sampler=false"]}
 HIGH_KL = 10.0

@@ -95,9 +95,9 @@ class ModelSection:
     dropout: float = 0.0
     """Dropout probability in pretraining; a frozen trunk never drops."""
     critic: bool = True
-    """Attach a critic head: which tokens are wrong? (DESIGN 6)"""
+    """Attach a critic head: which tokens are wrong?"""
     sampler: bool = True
-    """Attach a sampler head: which token goes here, now that its neighbours are known? (DESIGN 7)"""
+    """Attach a sampler head: which token goes here, now that its neighbours are known?"""
 
     def __post_init__(self) -> None:
         check(self.n_layer >= 1, "model.n_layer", "at least 1", self.n_layer)
@@ -156,7 +156,7 @@ class CorruptionSection:
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
     objective: str = "corrective"
-    """`corrective` (DESIGN 5) or `mdlm` (masks only, 1/t-weighted, arXiv:2406.07524). Causal models use next-token."""
+    """`corrective` or `mdlm` (masks only, 1/t-weighted, arXiv:2406.07524). Causal models use next-token."""
     weight_unmask: float = 1.0
     """Weight of input [MASK], target a word."""
     weight_remask: float = 1.0

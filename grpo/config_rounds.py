@@ -78,8 +78,8 @@ class GrpoSection:
     num_iterations: int = 4
     """Passes over each round's rollouts."""
     normalize: bool = False
-    """Divide advantages by the group's standard deviation (false: Dr. GRPO). A discriminator's log-odds shrink as texts
-    become natural, and so should its push; a user's rewards usually want their scale taken out."""
+    """Divide the discriminator's advantages by the group's standard deviation (false: Dr. GRPO). Its log-odds shrink as
+    texts become natural, and so should its push. Those of a user's rewards are always divided."""
     credit: str = "token"
     """What a token earns: `sequence`: the pooled signal of its text; `token`: its own signal; `both`: its own plus the
     text's mean; `window`: the mean signal within `credit_window` tokens of it."""
@@ -102,7 +102,7 @@ class GrpoSection:
     """Weight of the diffusion loss on natural text in the generator phase."""
     adversary: float = 1.0
     """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually go
-    `normalize: true` and `entropy_floor: 0`."""
+    `anchor: 0` and `entropy_floor: 0`."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
     weight of 0 logs one without learning from it."""

@@ -96,7 +96,7 @@ def corrupt(
     own_predictions: Tensor | None = None,
     own_share: float = 0.0,
 ) -> Corrupted:
-    """Mask some tokens and replace others by wrong ones (DESIGN 4).
+    """Mask some tokens and replace others by wrong ones.
 
     Args:
         clean: [B, T] int64.

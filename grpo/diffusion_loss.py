@@ -98,7 +98,7 @@ def corrective_loss(
     mask_bias: Tensor | float,
     applies_to: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy weighted by task, with a discount where the model would destroy a correct word (DESIGN 5).
+    """Cross-entropy weighted by task, with a discount where the model would destroy a correct word.
 
     Args:
         logits: [B, T, V] unbiased.

@@ -61,20 +61,16 @@ def reward_features(
     """
     if not masked_passes:
         return trunk(tokens, attention_mask, layers)
-    features = []
+    predictions = _causal_predictions if trunk.causal else _masked_predictions
+    visible, predicted = predictions(trunk, vocabulary, tokens, completion_mask, attention_mask, layers, masked_passes)
+    ids, scalars = tokens.clamp(max=vocabulary.base_size - 1), []
     for rows in slices(len(tokens), tokens.shape[1] * vocabulary.base_size, LOGITS_AT_ONCE[tokens.device.type]):
-        texts, completion = tokens[rows], completion_mask[rows]
-        real = None if attention_mask is None else attention_mask[rows]
-        predictions = _causal_predictions if trunk.causal else _masked_predictions
-        visible, predicted = predictions(trunk, vocabulary, texts, completion, real, layers, masked_passes)
-        logprobs = linear(predicted, trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
-        ids = texts.clamp(max=vocabulary.base_size - 1)
-        own = logprobs.gather(-1, ids[..., None])
+        logprobs = linear(predicted[rows], trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
+        own = logprobs.gather(-1, ids[rows][..., None])
         entropy = -(logprobs.exp() * logprobs).sum(-1, keepdim=True)
-        scalars = torch.cat([own, entropy], -1).to(predicted.dtype)
-        inside = torch.cat([trunk.wte(ids), scalars], -1) * completion[..., None]
-        features.append(torch.cat([visible, predicted, inside], -1))
-    return torch.cat(features)
+        scalars.append(torch.cat([own, entropy], -1).to(predicted.dtype))
+    inside = torch.cat([trunk.wte(ids), torch.cat(scalars)], -1) * completion_mask[..., None]
+    return torch.cat([visible, predicted, inside], -1)
 
 
 def _causal_predictions(

@@ -65,7 +65,7 @@ class LmHead(nn.Module):
 
 
 class SamplerHead(nn.Module):
-    """Conditions a hidden state on the embeddings of its known neighbours (DESIGN 7); the lm matrix comes after."""
+    """Conditions a hidden state on the embeddings of its known neighbours; the lm matrix comes after."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class RewardHead(nn.Module):
         """Score texts.
 
         Args:
-            features: [B, T, F] trunk states (`GPT.encode_layers`).
+            features: [B, T, F] frozen features (`GPT.reward_features`).
             completion_mask: [B, T] bool, True at the tokens judged: neither prompt nor pad.
         """
         features = features.to(self.pooled[0].weight.dtype)
@@ -174,6 +174,8 @@ class RewardHead(nn.Module):
     def _with_neighbors(self, features: Tensor, completion_mask: Tensor) -> Tensor:
         """[B, T, F] -> [B, T, F + 2 x reach x identity]: left to right; zeros where no token of the completion is."""
         reach, length = self.reach, features.shape[1]
+        if not reach:
+            return features
         who = F.pad(features[..., -self.identity :] * completion_mask[..., None], (0, 0, reach, reach))
         beside = [who[:, shift : shift + length] for shift in range(2 * reach + 1) if shift != reach]
         return torch.cat([features, *beside], dim=-1)

@@ -231,7 +231,7 @@ class Trunk(nn.Module):
 
 
 class GPT(nn.Module):
-    """A trunk and the heads of one mode (DESIGN 3).
+    """A trunk and the heads of one mode.
 
     Args:
         model: sizes, attention, positions, and which of critic and sampler a language model has.

@@ -1,4 +1,4 @@
-"""One training step's losses on natural text: generator, sampler and critic on a shared trunk pass (DESIGN 4 to 7).
+"""One training step's losses on natural text: generator, sampler and critic on a shared trunk pass.
 
     total = generator loss + sampler loss + alpha(step) x critic loss
 

@@ -5,7 +5,9 @@
    float32 from compiled models alone; this calls the same operator directly, and gives it a backward.
 2. Which library is used depends on the machine and on the sizes of the product, never on a timing: a resumed run goes
    on bit for bit. Small products stay with MKL, for oneDNN's call costs 10 microseconds more.
-3. Everywhere else (GPU, compiled models, other dtypes, autocast, other processors, a torch without the operator) this
+3. oneDNN compiles a kernel for every number of rows that it meets, and keeps it: up to a megabyte each. So rows are
+   padded with zeros to one of eight numbers between two powers of 2.
+4. Everywhere else (GPU, compiled models, other dtypes, autocast, other processors, a torch without the operator) this
    is `F.linear`.
 """
 
@@ -62,6 +64,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x [..., K], weight [N, K], bias [N] -> [..., N]."""
     if (
         not x.is_cpu
+        or x.dim() < 2
         or torch.compiler.is_compiling()
         or x.numel() * len(weight) < _LEAST
         or not x.dtype == weight.dtype == torch.float32
@@ -69,7 +72,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight, bias)
-    return (_Linear.apply if torch.is_grad_enabled() else _multiply)(x, weight, bias)
+    multiply = _Linear.apply if torch.is_grad_enabled() else _multiply
+    rows = x.numel() // x.shape[-1]
+    beyond = -rows % (1 << max(rows.bit_length() - 4, 0))
+    if not beyond:
+        return multiply(x, weight, bias)
+    padded = F.pad(x.flatten(0, -2), (0, 0, 0, beyond))
+    return multiply(padded, weight, bias)[:rows].unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):

@@ -7,6 +7,6 @@ from collections.abc import Iterator
 
 def slices(num: int, width: int, at_once: int) -> Iterator[slice]:
     """Cut num rows so that a table of `width` entries per row has at most `at_once`; one empty slice for num = 0."""
-    size = max(1, at_once // width)
+    size = max(1, at_once // max(width, 1))
     for start in range(0, max(num, 1), size):
         yield slice(start, min(start + size, num))

@@ -1,6 +1,6 @@
 """Rollouts that remember what the update needs: the policy's actions, their states and their exact log-probabilities.
 
-1. An action is one proposed token at one denoising step (DESIGN 9). Its state is the trunk's hidden state there, which
+1. An action is one proposed token at one denoising step. Its state is the trunk's hidden state there, which
    a frozen trunk never changes; under the wavefront also the neighbours that were visible. So likelihood ratios and KL
    need head-sized matrix products only, and no replay of the trajectory.
 2. The remasker is part of the environment, as it was when the round began. When it ignores the proposals (`random`),

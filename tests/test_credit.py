@@ -33,7 +33,7 @@ def rollout():
 def credits(users, tokens=None, **settings):
     scores = Scores(logits=draw(B, 2, seed=2), token_logits=draw(B, T, seed=3) if tokens is None else tokens,
                     features=None, version=0, users=users)
-    grpo = GrpoSection(**{"rewards": {NAME: 1.0}, "credit": "token", "normalize": True, **settings})
+    grpo = GrpoSection(**{"rewards": {NAME: 1.0}, "credit": "token", **settings})
     found, sums = action_credits([rollout()], [scores], [WEIGHTS], grpo=grpo, signal="log_odds",
                                  all_reduce=lambda tensor, op="sum": tensor)
     return found[0], sums
@@ -49,8 +49,10 @@ def test_a_users_reward_is_normalised_by_itself_weighted_and_added_to_every_acti
             group = score[row // G * G : row // G * G + G]
             expected = 0.5 * (score[row] - group.mean()) / group.std(correction=0)
             torch.testing.assert_close((both - alone)[ROWS == row], expected.expand(T - P), rtol=1e-4, atol=1e-5)
-    raw, _ = credits({NAME: score}, normalize=False, adversary=0.0)
-    torch.testing.assert_close(raw, (score - score.view(N, G).mean(1).repeat_interleave(G))[ROWS])
+    raw, divided = (credits({}, rewards={}, normalize=normalize, neutral=False)[0] for normalize in (False, True))
+    ratios = (raw / divided).view(N, -1)  # the discriminator's, by one number in each group
+    torch.testing.assert_close(ratios, ratios[:, :1].expand_as(ratios), rtol=1e-4, atol=1e-5)
+    assert (ratios[:, 0] - 1).abs().min() > 1e-3
 
 
 def test_weights_scale_each_side():

@@ -79,3 +79,19 @@ def test_layers_start_and_are_stored_like_torchs_own():
     torch.manual_seed(0)
     theirs = nn.Linear(5, 7).state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@here
+def test_many_numbers_of_rows_meet_few_kernels_and_the_same_values(calls):
+    weight, bias = torch.randn(256, 96), torch.randn(256)
+    for rows in range(512, 1025, 7):
+        x = torch.randn(rows, 96)
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=1e-4)
+    assert len({shape[0] for shape in calls}) <= 9  # the two powers of 2 counted
+    x, exact = torch.randn(7, 101, 96, requires_grad=True), weight.clone().requires_grad_()
+    product = linear(x, exact)
+    assert product.shape == (7, 101, 256)
+    found = torch.autograd.grad(product.square().sum(), (x, exact))
+    expected = torch.autograd.grad(F.linear(x, exact).square().sum(), (x, exact))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
