@@ -71,11 +71,6 @@ def uniforms(seeds: Tensor, *counters: int | Tensor) -> Tensor:
     return (_shift_right(_mix(state), 11).double() + 0.5) * 2.0**-53
 
 
-def gumbels(seeds: Tensor, *counters: int | Tensor) -> Tensor:
-    """Standard Gumbel noise, float64, shaped like `uniforms`; argmax(logits + noise) samples softmax(logits)."""
-    return to_gumbels(uniforms(seeds, *counters))
-
-
-def to_gumbels(uniforms: Tensor) -> Tensor:
-    """Uniforms in (0, 1), of any shape, as standard Gumbel noise."""
-    return -torch.log(-torch.log(uniforms))
+def to_gumbels(noise: Tensor) -> Tensor:
+    """Uniforms in (0, 1), of any shape, as standard Gumbel noise: argmax(logits + noise) samples softmax(logits)."""
+    return -torch.log(-torch.log(noise))

@@ -98,6 +98,7 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
     source = Rollouts(job, ranks)
     done, history, behind = _resume(job.folder, learner, ranks)
     if ranks.rank == 0:
+        log({f"parameters/{part}": count for part, count in learner.model.parameter_counts().items()}, 0)
         for row in history:  # a killed process may have taken figures along; what the store has is not stored twice
             log({name: value for name, value in row.items() if name != "step"}, row["step"])
     warmup = config.warmup_rounds

@@ -132,6 +132,7 @@ def test_a_run_whose_driver_is_killed_ends_as_the_undisturbed_one(config, steady
     assert summary["mlflow_run_id"] != undisturbed["mlflow_run_id"]
     for name, first in (("reward_accuracy", 1), ("kl", WARMUP + 1)):
         assert logged(output, summary["mlflow_run_id"], name) == list(range(first, ROUNDS + WARMUP + 1))
+    assert logged(output, summary["mlflow_run_id"], "parameters/trainable") == [0]  # by both processes, kept once
     expected, found = heads(output / "steady" / "final"), heads(folder / "final")
     assert expected.keys() == found.keys() and all(found[name].equal(expected[name]) for name in expected)
     for row in ROWS:

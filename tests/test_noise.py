@@ -1,6 +1,6 @@
 import torch
 
-from grpo.noise import gumbels, row_seeds, uniforms
+from grpo.noise import row_seeds, to_gumbels, uniforms
 
 
 def test_uniforms_match_splitmix64_in_python_integers():
@@ -44,6 +44,6 @@ def test_a_row_does_not_depend_on_its_batch_mates():
 
 def test_gumbel_argmax_samples_the_softmax():
     logits = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64)
-    noise = gumbels(row_seeds(1, 0, 0, torch.arange(40_000))[:, None], torch.arange(3)[None])
+    noise = to_gumbels(uniforms(row_seeds(1, 0, 0, torch.arange(40_000))[:, None], torch.arange(3)[None]))
     frequency = torch.bincount((logits + noise).argmax(-1), minlength=3) / 40_000
     assert (frequency - logits.softmax(0)).abs().max() < 0.01
