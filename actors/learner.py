@@ -323,8 +323,8 @@ class Learner:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Move the run's result towards the newest policy; an average of few rounds forgets faster."""
-        decay = min(self.config.grpo.ema, self.version / (self.version + 9))
+        """Move the run's result towards the newest policy: weights rise with the round until `grpo.ema` caps them."""
+        decay = min(self.config.grpo.ema, self.version / (self.version + 2))
         now = policy_state(self.model.trunk, self.model.heads)
         for name, mean in policy_state(self.result.trunk, self.result.heads).items():
             mean.lerp_(now[name], 1 - decay)

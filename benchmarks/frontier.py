@@ -3,17 +3,20 @@
     python benchmarks/frontier.py [--quick] [--seeds N] [--data FILE] [--forwards 4 8 ...] [--temperatures 0.5 ...]
 
 The trained model against its own base, over temperatures and trunk forwards (NFE), the base under each way of
-re-masking and with the sampler's wavefront.
+re-masking and, with `--kinds`, by the sampler's wavefront.
 
-1. Matched entropy: at each NFE the base's temperature is sought where its token entropy is the trained model's at
-   temperature 1 (within 1 %); there each measure is that of the base's best kind of sampling, chosen by that measure.
-   A temperature must not explain the gain.
-2. `dominates`: at every NFE the gains in C2ST accuracy and in n-gram distance are above zero by more than their 95 %
-   intervals over seeds. `trained_8_vs_base_64`: the gains of the trained model at 8 forwards over the base at 64.
-3. Every model and every measurement is kept in the cache, so a run that was stopped goes on, and one with more seeds,
+1. Equal entropy: each of the trained model's points is compared with the base at the same token entropy, interpolated
+   between the two temperatures whose entropies enclose it. A temperature must not explain the gain. Where no
+   temperature does, there is no comparison.
+2. Each measure is that of the base's best kind of sampling, chosen by that measure.
+3. `dominates`: at every NFE and temperature that all seeds compare, the gains in C2ST accuracy and in n-gram distance
+   are above zero by more than their 95 % intervals over seeds. `trained_8_vs_base_64`: the gains of the trained model
+   at 8 forwards and temperature 1 over the base at 64.
+4. Every model and every measurement is kept in the cache, so a run that was stopped goes on, and one with more seeds,
    temperatures or forwards adds to what is there.
 
-The last line is a JSON object: `rows` (gains by NFE), `dominates`, `trained_8_vs_base_64`, `curve` (the plane).
+The last line is a JSON object: `rows` (gains by NFE and temperature), `dominates`, `trained_8_vs_base_64`,
+`curve` (the plane).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,7 +52,9 @@ from grpo.config import Config
 from grpo.model import GPT
 
 FORWARDS = (4, 8, 16, 32, 64)
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
+HOTTER = 1.4
+"""The base is sampled at this temperature too, to meet the entropy of the trained model's hottest texts."""
 KINDS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},
     "sampler": {"policy": "random", "sampler": True},
@@ -56,8 +62,9 @@ KINDS: dict[str, dict[str, object]] = {
     "critic": {"policy": "critic", "randomness": 0.8},
 }
 """Ways in which the base may be sampled; randomness as in findings, where no policy gains by less."""
+REMASKING = ("random", "confidence", "critic")
+"""Those of them that fill [MASK]s as the model was trained to, in parallel."""
 MEASURES = ("c2st", "ngram_js", "judge_nll")
-TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -87,36 +94,34 @@ def measured(config: Config, texts: Texts, of: Sampled, kind: str, forwards: int
     return remembered(config, compute, "frontier", *decides)
 
 
-def matched(config: Config, texts: Texts, of: Sampled, kind: str, forwards: int, entropy: float) -> dict:
-    """Figures at the temperature that gives this token entropy."""
-
-    def compute() -> dict:
-        def write(temperature: float) -> Tensor:
-            return of.write(texts, kind, forwards, temperature)
-
-        figures = texts.at_entropy(write, entropy)
-        return figures | {"c2st": texts.told_apart(write(figures["temperature"]))}
-
-    decides = (of.folder.name, len(texts.natural.tokens), kind, forwards, round(entropy, 6))
-    return remembered(config, compute, "frontier", "matched", *decides)
+def between(curve: list[dict], entropy: float) -> dict | None:
+    """Measures of a curve's points, interpolated to a token entropy; None where no two points enclose it."""
+    rows = sorted(curve, key=lambda row: row["entropy"])
+    for low, high in pairwise(rows):
+        if low["entropy"] <= entropy <= high["entropy"]:
+            share = (entropy - low["entropy"]) / max(high["entropy"] - low["entropy"], 1e-12)
+            return {name: low[name] + share * (high[name] - low[name]) for name in MEASURES}
+    return None
 
 
-def gains(config: Config, texts: Texts, base: Sampled, trained: dict, kinds: list[str], forwards: int) -> dict:
+def gains(trained: dict, curves: list[list[dict]]) -> dict[str, float] | None:
     """What the base's best kind has above the trained model's figures, by measure, at equal token entropy."""
-    rows = {kind: matched(config, texts, base, kind, forwards, trained["entropy"]) for kind in kinds}
-    near = {k: row for k, row in rows.items() if abs(row["entropy"] / trained["entropy"] - 1) <= TOLERANCE}
-    if not near:
-        raise ValueError(f"no temperature gives the base the trained model's token entropy ({trained['entropy']:.3f}) "
-                         f"at {forwards} forwards")
-    best = {name: min(near.values(), key=lambda row, name=name: row[name]) for name in MEASURES}
-    return {f"{name}_gain": best[name][name] - trained[name] for name in MEASURES} | {
-        f"{name}_{who}": value[name] for name in MEASURES for who, value in (("trained", trained), ("base", best[name]))
+    met = [row for row in (between(curve, trained["entropy"]) for curve in curves) if row]
+    if not met:
+        return None
+    best = {name: min(row[name] for row in met) for name in MEASURES}
+    return {f"{name}_gain": best[name] - trained[name] for name in MEASURES} | {
+        f"{name}_{who}": value[name] for name in MEASURES for who, value in (("trained", trained), ("base", best))
     }
 
 
-def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[str, dict], dict, list[dict]]:
-    """Gains by NFE, gains at 8 against 64, and the plane, of one seed."""
-    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else []
+Point = tuple[int, float]
+"""NFE and temperature."""
+
+
+def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict], dict | None, list[dict]]:
+    """Gains by point, gains at 8 against 64, and the plane, of one seed."""
+    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=150"]
     config = configure(args, seed, *rounds)
     dataset = dataset_of(config)
     base_folder = generator(config, dataset)
@@ -125,20 +130,26 @@ def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[str, dict], dic
                                                                                 ("trained", folder)))
     own = "sampler" if config.denoise.sampler else "random"
     texts = Texts(config, dataset, config.evaluation.samples)
-    by_forwards, at_one = {}, {}
-    for forwards in args.forwards:
-        at_one[forwards] = measured(config, texts, final, own, forwards, 1.0)
-        row = by_forwards[f"NFE {forwards}"] = gains(config, texts, base, at_one[forwards], args.kinds, forwards)
-        print(f"seed {seed} NFE {forwards}: " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()), flush=True)
-    few, many = min(args.forwards, key=lambda n: abs(n - 8)), max(args.forwards)
-    against = gains(config, texts, base, at_one[few], args.kinds, many)
     plane = [
         {"seed": seed, "model": of.name, "kind": kind, "forwards": forwards, "temperature": heat,
          **measured(config, texts, of, kind, forwards, heat)}
-        for of, kinds in ((base, args.kinds), (final, [own]))
-        for kind in kinds for forwards in args.forwards for heat in args.temperatures
+        for forwards in args.forwards
+        for of, kinds, heats in ((final, [own], args.temperatures), (base, args.kinds, [*args.temperatures, HOTTER]))
+        for kind in kinds for heat in heats
     ]  # fmt: skip
-    return by_forwards, against, plane
+
+    def of_base(forwards: int) -> list[list[dict]]:
+        rows = [row for row in plane if row["model"] == "base" and row["forwards"] == forwards]
+        return [[row for row in rows if row["kind"] == kind] for kind in args.kinds]
+
+    trained = {(row["forwards"], row["temperature"]): row for row in plane if row["model"] == "trained"}
+    found = {point: gains(row, of_base(point[0])) for point, row in trained.items()}
+    few, many = min(args.forwards, key=lambda n: abs(n - 8)), max(args.forwards)
+    warm = min(args.temperatures, key=lambda heat: abs(heat - 1))
+    for point, row in found.items():
+        if row and point[1] == warm:
+            print(f"seed {seed} NFE {point[0]}: " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()), flush=True)
+    return {point: row for point, row in found.items() if row}, gains(trained[few, warm], of_base(many)), plane
 
 
 def above_zero(values: list[float]) -> bool:
@@ -149,27 +160,32 @@ def above_zero(values: list[float]) -> bool:
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forwards", type=int, nargs="+", help=f"default: {FORWARDS}")
-    parser.add_argument("--temperatures", type=float, nargs="*", help=f"of the plane; default: {TEMPERATURES}")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="how the base is sampled; default: all")
+    parser.add_argument("--temperatures", type=float, nargs="+", help=f"of the plane; default: {TEMPERATURES}")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(REMASKING),
+                        help=f"how the base is sampled; default: {', '.join(REMASKING)}")
 
 
 def main() -> None:
     args = parse(__doc__, options)
     args.forwards = args.forwards or ([8, 64] if args.quick else list(FORWARDS))
-    if args.temperatures is None:
-        args.temperatures = [1.0] if args.quick else list(TEMPERATURES)
-    args.kinds = args.kinds or (["random", "sampler"] if args.quick else list(KINDS))
+    args.temperatures = args.temperatures or ([0.85, 1.0] if args.quick else list(TEMPERATURES))
     seeds = [seed_rows(args, seed) for seed in range(args.seeds)]
-    rows = {name: [by_forwards[name] for by_forwards, _, _ in seeds] for name in seeds[0][0]}
-    print_table("trained model against base at equal entropy", rows)
-    against = [against for _, against, _ in seeds]
-    print_table("trained at 8 forwards against base at 64", {"gains": against})
-    wins = {name: all(above_zero([run[f"{m}_gain"] for run in runs]) for m in ("c2st", "ngram_js"))
-            for name, runs in rows.items()}
+    shared = [point for point in seeds[0][0] if all(point in found for found, _, _ in seeds)]
+    runs = {point: [found[point] for found, _, _ in seeds] for point in shared}
+    print_table("trained model against base at equal entropy", {f"NFE {n}, T {heat}": r for (n, heat), r in
+                                                                runs.items()})
+    against = [against for _, against, _ in seeds if against]
+    if against:
+        print_table("trained at 8 forwards against base at 64", {"gains": against})
+    rows = [
+        {"nfe": forwards, "temperature": heat, **summarise(of_seeds),
+         "dominates": all(above_zero([run[f"{name}_gain"] for run in of_seeds]) for name in ("c2st", "ngram_js"))}
+        for (forwards, heat), of_seeds in runs.items()
+    ]  # fmt: skip
     print(json.dumps({
-        "rows": [{"nfe": name, **summarise(runs), "dominates": wins[name]} for name, runs in rows.items()],
-        "dominates": all(wins.values()), "trained_8_vs_base_64": summarise(against), "seeds": args.seeds,
-        "quick": args.quick, "curve": [row for _, _, plane in seeds for row in plane],
+        "rows": rows, "dominates": bool(rows) and all(row["dominates"] for row in rows),
+        "trained_8_vs_base_64": summarise(against) if against else None, "seeds": args.seeds, "quick": args.quick,
+        "curve": [row for _, _, plane in seeds for row in plane],
     }))  # fmt: skip
 
 

@@ -111,8 +111,8 @@ def settings(args: argparse.Namespace, seed: int, *overrides: str) -> Config:
         "model.n_layer=2", "model.n_embd=32", "model.n_head=2", "pretrain.steps=800", "sampler.start=200",
         "critic.start=300", "critic.end=400", f"data.block_size={BLOCK}", "data.layout=documents",
         "data.validation_fraction=0.2", "data.judge_fraction=0", "grpo.prompt_tokens=1", "evaluation.samples=1024",
-        "denoise.sampler=true", "grpo.neutral=false", "grpo.anchor=0", "grpo.kl=0.03", "grpo.rounds=320",
-        "reward.warmup_steps=90", "reward.batch_size=256",
+        "denoise.sampler=true", "grpo.neutral=false", "grpo.anchor=0", "grpo.kl=0.03", "grpo.ema=0.9",
+        "grpo.rounds=320", "reward.warmup_steps=90", "reward.batch_size=256",
     ]  # fmt: skip
     if args.quick:
         sizes += ["pretrain.steps=400", "sampler.start=60", "critic.start=100", "critic.end=120", "grpo.rounds=20",

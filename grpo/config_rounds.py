@@ -72,9 +72,10 @@ class GrpoSection:
     """Upper clip range of the likelihood ratio (DAPO's clip-higher)."""
     kl: float = 0.1
     """Weight of the KL divergence to the base heads, exact over the vocabulary, nats per action."""
-    ema: float = 0.9
-    """Decay per round of the averaged heads, which are the run's result (two players orbit; their mean does not);
-    young averages decay faster. 0: the last heads."""
+    ema: float = 0.98
+    """Largest decay per round of the averaged heads, which are the run's result (two players orbit; their mean does
+    not). Until v / (v + 2) reaches it after v rounds, each round weighs in proportion to its number. 0: the last
+    heads."""
     num_iterations: int = 4
     """Passes over each round's rollouts."""
     normalize: bool = False

@@ -1,8 +1,5 @@
-from types import SimpleNamespace
-
 import pytest
 
-from benchmarks import frontier
 from benchmarks.frontier import above_zero, gains
 from benchmarks.models import remembered
 from benchmarks.stability import judged
@@ -29,20 +26,20 @@ def test_a_computation_that_fails_leaves_nothing_to_be_remembered(tmp_path):
     assert remembered(config, lambda: {"x": 5}, "kind") == {"x": 5}
 
 
-def test_each_gain_is_over_the_base_kind_that_is_best_by_that_measure(monkeypatch):
-    trained = {"entropy": 2.0, "c2st": 0.7, "ngram_js": 0.5, "judge_nll": 3.0}
-    rows = {
-        "random": {"entropy": 2.001, "c2st": 0.75, "ngram_js": 0.58, "judge_nll": 3.5},
-        "sampler": {"entropy": 1.999, "c2st": 0.80, "ngram_js": 0.53, "judge_nll": 3.25},
-        "critic": {"entropy": 1.8, "c2st": 0.1, "ngram_js": 0.1, "judge_nll": 0.1},  # found no such entropy
-    }
-    monkeypatch.setattr(frontier, "matched", lambda config, texts, base, kind, forwards, entropy: rows[kind])
-    found = gains(Config(), SimpleNamespace(), None, trained, list(rows), 8)
+def point(entropy, value):
+    return {"entropy": entropy, "c2st": value, "ngram_js": value / 10, "judge_nll": 4 * value}
+
+
+def test_each_gain_is_over_the_base_kind_that_is_best_at_the_same_entropy():
+    trained = {"entropy": 2.1, "c2st": 0.7, "ngram_js": 0.05, "judge_nll": 3.0}
+    random = [point(2.4, 0.9), point(2.0, 0.8)]  # 0.825 at 2.1
+    confidence = [point(1.9, 0.7), point(2.1, 0.9), point(2.6, 0.5)]  # 0.9
+    critic = [point(2.2, 0.1), point(2.3, 0.1)]  # never met that entropy
+    found = gains(trained, [random, confidence, critic])
     assert {name: found[f"{name}_gain"] for name in ("c2st", "ngram_js", "judge_nll")} == pytest.approx(
-        {"c2st": 0.05, "ngram_js": 0.03, "judge_nll": 0.25}
+        {"c2st": 0.125, "ngram_js": 0.0325, "judge_nll": 0.3}
     )
-    with pytest.raises(ValueError, match="no temperature gives the base"):
-        gains(Config(), SimpleNamespace(), None, trained, ["critic"], 8)
+    assert gains(trained, [critic]) is None
 
 
 def test_a_gain_counts_when_its_interval_leaves_out_zero():

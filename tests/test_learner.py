@@ -439,6 +439,22 @@ def test_the_policy_climbs_a_known_reward(config, credit):
     assert sum(shares[:3]) / 3 < 0.2 and sum(shares[-3:]) / 3 > 0.5, shares
 
 
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ema", [0.98, 0.3, 0.0])
+def test_the_result_is_the_mean_of_the_policies_by_round(ema):
+    world = World(grpo_with(num_iterations=1, ema=ema))
+    policies = [world.state()]
+    for round in range(3):
+        world.round(round)
+        policies.append(world.state())
+    weights = {0.98: [0.1, 0.2, 0.3, 0.4], 0.3: [0.027, 0.063, 0.21, 0.7], 0.0: [0, 0, 0, 1]}[ema]
+    for name in ("lm.matrix", "critic.layers.0.weight"):
+        mean = sum(weight * state[f"policy.{name}"] for weight, state in zip(weights, policies, strict=True))
+        torch.testing.assert_close(policies[-1][f"result.{name}"], mean)
+
+
 # ---- collapse --------------------------------------------------------------------------------------------------------
 
 
