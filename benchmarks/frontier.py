@@ -3,7 +3,8 @@
     python benchmarks/frontier.py [--quick] [--seeds N] [--data FILE] [--forwards 4 8 ...] [--temperatures 0.5 ...]
 
 The trained model against its own base, over temperatures and trunk forwards (NFE), the base under each way of
-re-masking and, with `--kinds`, by the sampler's wavefront.
+re-masking and by the sampler's wavefront. The wavefront is the base's best, so the rounds start from it
+(`denoise.sampler=true`); `denoise.sampler=false` trains the filling in parallel.
 
 1. Equal entropy: each of the trained model's points is compared with the base at the same token entropy, interpolated
    between the two temperatures whose entropies enclose it. A temperature must not explain the gain. Where no
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +47,7 @@ from benchmarks.models import (
 )
 
 # isort: split
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.remasking import steps_within
@@ -62,8 +65,6 @@ KINDS: dict[str, dict[str, object]] = {
     "critic": {"policy": "critic", "randomness": 0.8},
 }
 """Ways in which the base may be sampled; randomness as in findings, where no policy gains by less."""
-REMASKING = ("random", "confidence", "critic")
-"""Those of them that fill [MASK]s as the model was trained to, in parallel."""
 MEASURES = ("c2st", "ngram_js", "judge_nll")
 
 
@@ -121,8 +122,8 @@ Point = tuple[int, float]
 
 def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict], dict | None, list[dict]]:
     """Gains by point, gains at 8 against 64, and the plane, of one seed."""
-    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=150"]
-    config = configure(args, seed, *rounds)
+    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=300"]
+    config = configure(args, seed, "denoise.sampler=true", *rounds)
     dataset = dataset_of(config)
     base_folder = generator(config, dataset)
     folder = adversarial(config, dataset, base_folder)
@@ -158,17 +159,44 @@ def above_zero(values: list[float]) -> bool:
     return half is not None and sum(values) / len(values) > half
 
 
+def draw(plane: list[dict]) -> Figure:
+    """C2ST accuracy and n-gram distance over token entropy, a column per NFE: means over seeds with 95 % intervals."""
+    columns = sorted({row["forwards"] for row in plane})
+    figure = Figure(figsize=(1 + 2.6 * len(columns), 5.5), layout="constrained")
+    axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
+    points: dict[tuple, list[dict]] = {}
+    for row in plane:
+        points.setdefault((row["model"], row["kind"], row["forwards"], row["temperature"]), []).append(row)
+    for line in sorted({point[:2] for point in points}, reverse=True):
+        style = {"linewidth": 2} if line[0] == "trained" else {"linewidth": 1, "linestyle": "--"}
+        for column, forwards in enumerate(columns):
+            rows = [runs for point, runs in sorted(points.items()) if (*line, forwards) == point[:3]]
+            for axis, name in zip(axes[:, column], ("c2st", "ngram_js"), strict=True):
+                x, y = ([statistics.fmean(run[of] for run in runs) for runs in rows] for of in ("entropy", name))
+                half = [spread([run[name] for run in runs]) or 0.0 for runs in rows]
+                axis.errorbar(x, y, half, label=", ".join(line), marker=".", capsize=2, **style)
+                axis.grid(alpha=0.25)
+    for column, forwards in enumerate(columns):
+        axes[0, column].set_title(f"{forwards} forwards", fontsize=10)
+        axes[1, column].set_xlabel("token entropy, nats")
+    axes[0, 0].set_ylabel("C2ST accuracy (lower is better)")
+    axes[1, 0].set_ylabel("n-gram distance (lower is better)")
+    axes[0, -1].legend(fontsize=8, frameon=False)
+    return figure
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forwards", type=int, nargs="+", help=f"default: {FORWARDS}")
     parser.add_argument("--temperatures", type=float, nargs="+", help=f"of the plane; default: {TEMPERATURES}")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(REMASKING),
-                        help=f"how the base is sampled; default: {', '.join(REMASKING)}")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="how the base is sampled; default: all")
+    parser.add_argument("--figure", help="draw the plane into this PNG file")
 
 
 def main() -> None:
     args = parse(__doc__, options)
     args.forwards = args.forwards or ([8, 64] if args.quick else list(FORWARDS))
     args.temperatures = args.temperatures or ([0.85, 1.0] if args.quick else list(TEMPERATURES))
+    args.kinds = args.kinds or (["random", "sampler"] if args.quick else list(KINDS))
     seeds = [seed_rows(args, seed) for seed in range(args.seeds)]
     shared = [point for point in seeds[0][0] if all(point in found for found, _, _ in seeds)]
     runs = {point: [found[point] for found, _, _ in seeds] for point in shared}
@@ -182,10 +210,13 @@ def main() -> None:
          "dominates": all(above_zero([run[f"{name}_gain"] for run in of_seeds]) for name in ("c2st", "ngram_js"))}
         for (forwards, heat), of_seeds in runs.items()
     ]  # fmt: skip
+    plane = [row for _, _, plane in seeds for row in plane]
+    if args.figure:
+        draw(plane).savefig(args.figure, dpi=110)
     print(json.dumps({
         "rows": rows, "dominates": bool(rows) and all(row["dominates"] for row in rows),
         "trained_8_vs_base_64": summarise(against) if against else None, "seeds": args.seeds, "quick": args.quick,
-        "curve": [row for _, _, plane in seeds for row in plane],
+        "curve": plane,
     }))  # fmt: skip
 
 

@@ -153,24 +153,12 @@ def adversarial(config: Config, dataset: Dataset, base: Path) -> Path:
     """Checkpoint of what the adversarial rounds make of a base."""
 
     def train(folder: Path) -> None:
-        adversary = Adversary(config, dataset, load_generator(base)[0])
-        adversary.run()
-        _keep(adversary, folder)
+        model, bias = load_generator(base)
+        adversary = Adversary(config, dataset, model)
+        save_checkpoint(folder, adversary.run(), config=to_dict(config), tokenizer=dataset.tokenizer,
+                        state={"mask_bias": adversary.learner.mask_bias.state_dict()})
 
     return _trained("adversarial", config, dataset, train, base.name, *rounds_follow_from(config))
-
-
-def keep_result(adversary: Adversary, rounds: int, dataset: Dataset, base: Path) -> None:
-    """Keep a running adversary's result where `adversarial` looks for that of so many rounds."""
-    config = replace(adversary.config, grpo=replace(adversary.config.grpo, rounds=rounds))
-    _trained("adversarial", config, dataset, lambda folder: _keep(adversary, folder), base.name,
-             *rounds_follow_from(config))
-
-
-def _keep(adversary: Adversary, folder: Path) -> None:
-    save_checkpoint(folder, adversary.learner.result, config=to_dict(adversary.config),
-                    tokenizer=adversary.reward.tokenizer,
-                    state={"mask_bias": adversary.learner.mask_bias.state_dict()})
 
 
 def rounds_follow_from(config: Config) -> tuple:

@@ -10,8 +10,7 @@ lies within `reward.band_low` .. `reward.band_high`.
 Variants leave out the accuracy band (as many reward steps in every round), the replay buffer, the KL penalty or the
 anchor, let the advantages see the temperature, or divide them by their spread and score with a head that lags;
 `--ablations` says with how many seeds. Each seed of each variant is kept in the cache, so that a run that was stopped
-goes on and one with more seeds adds to what is there. What is measured every 50 rounds is kept too, and
-`benchmarks/frontier.py` takes it from there.
+goes on and one with more seeds adds to what is there.
 
 The last line is a JSON object: `survived` and `in_band` (shares), `entropy_kept` (least entropy over natural text's,
 mean over seeds), each with `_ci95` over seeds, and `rows`.
@@ -31,7 +30,6 @@ from benchmarks.models import (
     configure,
     dataset_of,
     generator,
-    keep_result,
     load_generator,
     parse,
     print_table,
@@ -76,7 +74,6 @@ def live(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, li
                                  sampler=config.denoise.sampler, mask_bias=bias)[:, texts.start :]
             kept = {"entropy": token_entropy(tokens), "distinct_4": distinct_n(tokens, 4)}
             points.append({name: value / of_natural[name] for name, value in kept.items()} | {"round": round + 1})
-            keep_result(adversary, round + 1, dataset, folder)
             print(f"seed {config.run.seed} round {round + 1}: " + "  ".join(f"{k} {v:.3f}" for k, v in
                                                                             points[-1].items()), flush=True)
 

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.frontier import above_zero, gains
+from benchmarks.frontier import above_zero, draw, gains
 from benchmarks.models import remembered
 from benchmarks.stability import judged
 from grpo.config import Config, RewardSection, RunSection
@@ -40,6 +40,18 @@ def test_each_gain_is_over_the_base_kind_that_is_best_at_the_same_entropy():
         {"c2st": 0.125, "ngram_js": 0.0325, "judge_nll": 0.3}
     )
     assert gains(trained, [critic]) is None
+
+
+def test_the_plane_is_drawn_by_forwards_with_means_over_seeds():
+    plane = [point(2 + heat / 10 + seed / 100, 0.8) | {"model": model, "kind": kind, "forwards": forwards,
+                                                       "temperature": heat}
+             for model, kind in (("base", "random"), ("base", "sampler"), ("trained", "sampler"))
+             for forwards in (4, 8) for heat in (0.5, 1.0) for seed in (0, 1)]  # fmt: skip
+    axes = draw(plane).axes
+    assert [axis.get_title() for axis in axes] == ["4 forwards", "8 forwards", "", ""]
+    labels, lines = axes[0].get_legend_handles_labels()[1], axes[0].lines
+    assert labels == ["trained, sampler", "base, sampler", "base, random"]
+    assert list(lines[0].get_xdata()) == pytest.approx([2.055, 2.105])
 
 
 def test_a_gain_counts_when_its_interval_leaves_out_zero():
