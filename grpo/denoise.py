@@ -136,7 +136,7 @@ def denoise(
     counts = torch.cat([masked.sum()[None], left.sum(1), num_free.sum()[None]])
     *num_masked, _, num_pool = [int(count) for count in counts.cpu()]  # the host's one read
 
-    for step, (noise, choice_noise) in enumerate(_noise(seeds, steps, columns)):
+    for step, noise in enumerate(_noise(seeds, steps, columns, (REMASK,) if sampler else (PROPOSE, REMASK))):
         places = torch.nonzero_static(masked.flatten(), size=num_masked[step])[:, 0]
         neighbors = by_lm = waves = None
         if sampler:
@@ -151,7 +151,7 @@ def denoise(
         else:
             hidden = model.encode(tokens, attention_mask, at=places)
             sampled = propose(
-                model, hidden, noise.flatten()[places], temperature=temperature, top_p=top_p,
+                model, hidden, noise[0].flatten()[places], temperature=temperature, top_p=top_p,
                 record=on_step is not None,
             )
             filled = tokens.flatten().scatter(0, places, sampled.tokens).view_as(tokens)
@@ -170,7 +170,7 @@ def denoise(
                 )
             )
             remask, order = choose(
-                verdict.log_wrong, left[step], eligible, randomness=randomness, noise=choice_noise
+                verdict.log_wrong, left[step], eligible, randomness=randomness, noise=noise[-1]
             )
         if on_step is not None:
             on_step(
@@ -187,10 +187,10 @@ def denoise(
     return tokens
 
 
-def _noise(seeds: Tensor, steps: int, columns: int) -> Iterator[Tensor]:
-    """Each step's uniforms [2, B, T], for the proposals and for the re-masking choice; of several steps at once."""
+def _noise(seeds: Tensor, steps: int, columns: int, purposes: tuple[int, ...]) -> Iterator[Tensor]:
+    """Each step's uniforms [purposes, B, T], of several steps at once; the wavefront draws its proposals' itself."""
     column = torch.arange(columns, device=seeds.device)
-    purpose = torch.tensor([PROPOSE, REMASK], device=seeds.device)[:, None, None]
-    for part in slices(steps, 2 * len(seeds) * columns, NOISE_AT_ONCE):
+    purpose = torch.tensor(purposes, device=seeds.device)[:, None, None]
+    for part in slices(steps, len(purposes) * len(seeds) * columns, NOISE_AT_ONCE):
         step = torch.arange(part.start, part.stop, device=seeds.device)[:, None, None, None]
         yield from uniforms(seeds[:, None], step, purpose, column)

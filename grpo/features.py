@@ -49,7 +49,7 @@ def reward_features(
     """Features of every token.
 
     Args:
-        trunk: `grpo.model.Trunk`.
+        trunk: `grpo.trunk.Trunk`.
         tokens: [B, T] int64, without [MASK].
         completion_mask: [B, T] bool, tokens that are judged; only they are ever masked.
         attention_mask: [B, T] bool or None.

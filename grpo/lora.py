@@ -84,7 +84,7 @@ def train_below_heads(trunk: nn.Module, trainable: Trainable, seed: int) -> None
     """Give a frozen trunk adapters that train, or weights of its own that do; for `heads` change nothing.
 
     Args:
-        trunk: `grpo.model.Trunk`, frozen, its weights in place.
+        trunk: `grpo.trunk.Trunk`, frozen, its weights in place.
         seed: of the adapters' first values.
     """
     if trainable.kind == "lora":

@@ -51,7 +51,7 @@ def test_features_match_a_slow_loop(passes):
     tokens, real, completion = texts()
     found = features(model, passes)
     assert found.shape == (3, 9, feature_width(C, 2, passes)) == (3, 9, 2 * C + 2 * C + 2)
-    visible = model.encode_layers(tokens, real, (1, -1))
+    visible = model.trunk(tokens, real, (1, -1))
     torch.testing.assert_close(found[..., : 2 * C], visible)
     for b in range(3):
         for t in range(9):
@@ -118,7 +118,7 @@ def test_what_stands_in_pads_and_how_many_passes_without_prediction():
     torch.testing.assert_close(
         features(model, 2, tokens=tokens.masked_fill(~real, 3))[completion], features(model, 2)[completion]
     )
-    assert torch.equal(features(model, 0), model.encode_layers(tokens, real, (1, -1)).detach())
+    assert torch.equal(features(model, 0), model.trunk(tokens, real, (1, -1)).detach())
     assert feature_width(C, 2, 0) == 2 * C
 
 

@@ -26,6 +26,7 @@ ORDER = [
     "lora",
     "features",
     "kv_cache",
+    "trunk",
     "model",
     "checkpoint",
     "gpt2",

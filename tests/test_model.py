@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import grpo.model
+import grpo.trunk
 from grpo.config import ModelSection, RewardSection
 from grpo.heads import RewardHead, pool
 from grpo.kv_cache import KVCache
@@ -71,9 +71,9 @@ def naive_trunk(trunk, ids, mask=None):
 def test_rows_read_in_parts_and_states_at_some_places_are_those_of_the_whole(attention, rows_at_once, monkeypatch):
     model = make(attention=attention, critic=False, sampler=False).double()
     ids, mask = tokens(), torch.arange(T) < torch.tensor([[T], [T - 3], [4]])
-    expected = model.encode_layers(ids, mask, (1, -1))
-    monkeypatch.setattr(grpo.model, "READ_AT_ONCE", rows_at_once * T * 16)
-    torch.testing.assert_close(model.encode_layers(ids, mask, (1, -1)), expected, rtol=1e-12, atol=1e-12)
+    expected = model.trunk(ids, mask, (1, -1))
+    monkeypatch.setattr(grpo.trunk, "READ_AT_ONCE", rows_at_once * T * 16)
+    torch.testing.assert_close(model.trunk(ids, mask, (1, -1)), expected, rtol=1e-12, atol=1e-12)
     for places in (torch.tensor([0, 3, T, T + 1, 2 * T + 3]), torch.tensor([T + 2]), torch.arange(0)):
         found = model.encode(ids, mask, at=places)
         torch.testing.assert_close(found, expected[..., 16:].flatten(0, 1)[places], rtol=1e-12, atol=1e-12)
@@ -86,7 +86,7 @@ def test_trunk_equals_attention_written_out(attention, position):
     model = make(attention=attention, position=position, bias=True, critic=False, sampler=False)
     final, states = naive_trunk(model.trunk, tokens())
     torch.testing.assert_close(model.encode(tokens()).double(), final, rtol=0, atol=1e-4)
-    found = model.encode_layers(tokens(), None, (2, -1, 1)).double()
+    found = model.trunk(tokens(), None, (2, -1, 1)).double()
     torch.testing.assert_close(found, torch.cat((states[1], final, states[0]), -1), rtol=0, atol=1e-4)
 
 
@@ -256,7 +256,7 @@ def test_no_trunk_bit_moves_when_the_heads_of_a_frozen_trunk_train():
     model.freeze_trunk()
     model.train()
     before = {name: tensor.clone() for name, tensor in model.trunk.state_dict().items()}
-    features = model.encode_layers(ids, None, (1, -1))
+    features = model.trunk(ids, None, (1, -1))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1)
     for _ in range(3):
         outputs = model(ids, ("lm", "critic", "sampler"))
@@ -265,7 +265,7 @@ def test_no_trunk_bit_moves_when_the_heads_of_a_frozen_trunk_train():
         loss.backward()
         optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.trunk.state_dict().items())
-    assert torch.equal(model.encode_layers(ids, None, (1, -1)), features)
+    assert torch.equal(model.trunk(ids, None, (1, -1)), features)
     assert not torch.equal(model.heads["lm"].weight, model.trunk.wte.weight)
 
 
@@ -334,7 +334,7 @@ def test_tie_survives_assigning_the_trunk_and_copying_the_model():
 
 
 def test_rotations_first_computed_in_inference_mode_serve_training():
-    from grpo.model import _rotations
+    from grpo.trunk import _rotations
 
     _rotations.cache_clear()
     model = make()
