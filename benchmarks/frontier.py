@@ -122,7 +122,7 @@ Point = tuple[int, float]
 
 def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict], dict | None, list[dict]]:
     """Gains by point, gains at 8 against 64, and the plane, of one seed."""
-    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=300"]
+    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=180"]
     config = configure(args, seed, "denoise.sampler=true", *rounds)
     dataset = dataset_of(config)
     base_folder = generator(config, dataset)
