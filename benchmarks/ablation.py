@@ -1,34 +1,54 @@
-"""What makes adversarial rounds improve on the base at equal token entropy?
+"""What makes adversarial rounds improve on the base at equal token entropy, and what does it cost?
 
-    python benchmarks/ablation.py [--quick] [--seeds N] [--data FILE]
+    python benchmarks/ablation.py [--quick] [--seeds N] [--data FILE] [--variants NAME ...]
 
 Variants of the same rounds over one base model: as configured; without the policy gradient (anchor alone); with
 advantages that see the temperature; with visible features only; without neighbours in a token's score; with a scoring
-head that lags; with advantages divided by their spread; with the last heads as the result. The gain of each is the
-judge's NLL of the base at the variant's token entropy, read off a curve over temperatures, less the variant's own.
-The last line is a JSON object: `rows` (variant, gain and its parts, 95 % intervals over seeds) and `gain`.
+head that lags; with advantages divided by their spread; with an average of the last ten rounds, or the last heads, as
+the result; with adapters or with the whole trunk trained beside the heads, by replay. Gains are the base's figures at
+the variant's token entropy, interpolated between temperatures, less the variant's own: above zero is better.
+`seconds` are those of a round. Figures are kept in the cache.
+
+The last line is a JSON object: `rows` (variant, gains and figures, 95 % intervals over seeds) and `gain` (in the
+judge's likelihood, as configured).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.models import (
+    MEASURES,
+    Texts,
+    at_equal_entropy,
+    configure,
+    dataset_of,
+    generator,
+    load_generator,
+    parse,
+    print_table,
+    remembered,
+    rounds_follow_from,
+    summarise,
+)
+
+# isort: split
 import torch
-from torch import Tensor
 
-from benchmarks.adversarial import Adversary, generate
-from benchmarks.models import configure, dataset_of, generator, judge, load_generator, parse, print_table, summarise
+from benchmarks.adversarial import Adversary
 from grpo.config import Config
-from grpo.data import Batch, Dataset, window_places, windows
 from grpo.model import GPT
-from grpo.text_quality import c2st, distinct_n, judge_nll, token_entropy
 
-TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2)
+TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
+BELOW_THE_HEADS = ["grpo.learning_rate=3e-4"]
 VARIANTS: dict[str, list[str]] = {
     "as configured": [],
     "anchor alone": [],
@@ -37,35 +57,25 @@ VARIANTS: dict[str, list[str]] = {
     "no neighbours": ["reward.reach=0"],
     "a head that lags": ["reward.ema=0.9"],
     "normalized advantages": ["grpo.normalize=true"],
+    "a shorter average": ["grpo.ema=0.9"],
     "last heads": ["grpo.ema=0"],
+    "adapters train": ["grpo.trainable=lora", *BELOW_THE_HEADS],
+    "the trunk trains": ["grpo.trainable=all", *BELOW_THE_HEADS],
 }
 
 
-def measure(
-    config: Config, model: GPT, judge_model: GPT, rows: Batch, places: Tensor, temperature: float = 1.0
-) -> dict[str, float]:
-    """Figures of completions of fixed rows, which stand at these places in the corpus."""
-    start = config.grpo.prompt_tokens
-    texts = generate(model, rows, config.denoise, prompt_tokens=start, seed=config.run.seed, temperature=temperature)
-    return {
-        "judge_nll": judge_nll(judge_model, texts, start),
-        "entropy": token_entropy(texts[:, start:]),
-        "distinct_4": distinct_n(texts[:, start:], 4),
-        "c2st": c2st(rows.tokens[:, start:], texts[:, start:], places=places)[0],
-    }
+def measured(texts: Texts, model: GPT, bias: float, temperature: float = 1.0) -> dict[str, float]:
+    """Figures of a model's texts, sampled as it was trained."""
+    denoise = texts.config.denoise
+    tokens = texts.write(model, "random", denoise.steps, temperature=temperature, sampler=denoise.sampler,
+                         mask_bias=bias)
+    return texts.measure(tokens) | {"c2st": texts.told_apart(tokens)}
 
 
-def at_entropy(curve: list[dict[str, float]], entropy: float) -> float:
-    """The base's judge NLL at a token entropy, between the temperatures that were measured (linear beyond them)."""
-    pairs = sorted((row["entropy"], row["judge_nll"]) for row in curve)
-    index = min(max(sum(e < entropy for e, _ in pairs), 1), len(pairs) - 1)
-    (e0, n0), (e1, n1) = pairs[index - 1], pairs[index]
-    return n0 + (n1 - n0) * (entropy - e0) / (e1 - e0)
-
-
-def train(config: Config, dataset: Dataset, base: GPT, variant: str) -> GPT:
-    """Run the rounds of one variant; returns its result."""
-    adversary = Adversary(config, dataset, base)
+def play(config: Config, texts: Texts, base: Path, variant: str) -> dict[str, float]:
+    """Run the rounds of one variant; figures of its result, and seconds per round."""
+    model, bias = load_generator(base)
+    adversary = Adversary(config, dataset_of(config), model)
     if variant == "anchor alone":
         score = adversary.reward.score
 
@@ -74,29 +84,47 @@ def train(config: Config, dataset: Dataset, base: GPT, variant: str) -> GPT:
             return replace(scores, token_logits=torch.zeros_like(scores.token_logits))
 
         adversary.reward.score = silent
-    return adversary.run()
+    starts = []
+    result = adversary.run(lambda round, metrics: starts.append(time.monotonic()))
+    rounds = starts[-config.grpo.rounds - 1 :]
+    return measured(texts, result, bias) | {"seconds": (rounds[-1] - rounds[0]) / config.grpo.rounds}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME",
+                        help=f"of {', '.join(VARIANTS)}; default: all, or three with --quick")
+
+
+def seed_rows(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
+    """Gains and figures of each variant, of one seed."""
+    rounds = ["grpo.rounds=6", "reward.warmup_rounds=2"] if args.quick else []
+    config = configure(args, seed, *rounds)
+    base = generator(config, dataset_of(config))
+    texts = Texts(config, dataset_of(config), config.evaluation.samples)
+    model, bias = load_generator(base)
+    drawn = (base.name, config.denoise, config.evaluation.samples)
+    curve = [remembered(config, lambda heat=heat: measured(texts, model, bias, heat), "ablation", *drawn, heat)
+             for heat in TEMPERATURES]
+    found = {}
+    for variant in args.variants:
+        settings = configure(args, seed, *rounds, *VARIANTS[variant])
+        decides = (variant, *drawn, *rounds_follow_from(settings))
+        figures = remembered(settings, lambda s=settings, v=variant: play(s, texts, base, v), "ablation", *decides)
+        met = at_equal_entropy(curve, figures["entropy"]) or dict.fromkeys(MEASURES, math.nan)
+        gains = {f"{name}_gain": met[name] - figures[name] for name in MEASURES}
+        found[variant] = gains | figures
+        print(f"seed {seed}  {variant}: " + "  ".join(f"{k} {v:+.3f}" for k, v in gains.items()), flush=True)
+    return found
 
 
 def main() -> None:
-    args = parse(__doc__)
-    rounds = ["grpo.rounds=6", "reward.warmup_rounds=2"] if args.quick else []
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    for seed in range(args.seeds):
-        config = configure(args, seed, *rounds)
-        dataset = dataset_of(config)
-        base, judge_model = load_generator(generator(config, dataset))[0], judge(config, dataset)
-        which = ("validation", config.evaluation.samples, config.data.block_size, 1)
-        rows = windows(dataset, *which), window_places(dataset, *which)
-        curve = [measure(config, base, judge_model, *rows, t) for t in TEMPERATURES]
-        for variant, overrides in VARIANTS.items():
-            settings = configure(args, seed, *rounds, *overrides)
-            figures = measure(settings, train(settings, dataset, base, variant), judge_model, *rows)
-            gain = at_entropy(curve, figures["entropy"]) - figures["judge_nll"]
-            results[variant].append({"gain": gain, **figures})
-            print(f"seed {seed}  {variant}: gain {gain:+.3f} nats per token", flush=True)
-    print_table("gain over the base at equal token entropy", results)
+    args = parse(__doc__, options)
+    args.variants = args.variants or (["as configured", "anchor alone", "last heads"] if args.quick else list(VARIANTS))
+    seeds = [seed_rows(args, seed) for seed in range(args.seeds)]
+    results = {variant: [found[variant] for found in seeds] for variant in args.variants}
+    print_table("against the base at equal token entropy", results)
     table = [{"variant": name, **summarise(runs)} for name, runs in results.items()]
-    print(json.dumps({"rows": table, "gain": table[0]["gain"]}))
+    print(json.dumps({"rows": table, "gain": table[0]["judge_nll_gain"], "seeds": args.seeds, "quick": args.quick}))
 
 
 if __name__ == "__main__":

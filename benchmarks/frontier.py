@@ -27,14 +27,15 @@ import json
 import statistics
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import (
+    MEASURES,
     Texts,
     adversarial,
+    at_equal_entropy,
     configure,
     dataset_of,
     generator,
@@ -65,7 +66,6 @@ KINDS: dict[str, dict[str, object]] = {
     "critic": {"policy": "critic", "randomness": 0.8},
 }
 """Ways in which the base may be sampled; randomness as in findings, where no policy gains by less."""
-MEASURES = ("c2st", "ngram_js", "judge_nll")
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,9 @@ def measured(config: Config, texts: Texts, of: Sampled, kind: str, forwards: int
     return remembered(config, compute, "frontier", *decides)
 
 
-def between(curve: list[dict], entropy: float) -> dict | None:
-    """Measures of a curve's points, interpolated to a token entropy; None where no two points enclose it."""
-    rows = sorted(curve, key=lambda row: row["entropy"])
-    for low, high in pairwise(rows):
-        if low["entropy"] <= entropy <= high["entropy"]:
-            share = (entropy - low["entropy"]) / max(high["entropy"] - low["entropy"], 1e-12)
-            return {name: low[name] + share * (high[name] - low[name]) for name in MEASURES}
-    return None
-
-
 def gains(trained: dict, curves: list[list[dict]]) -> dict[str, float] | None:
     """What the base's best kind has above the trained model's figures, by measure, at equal token entropy."""
-    met = [row for row in (between(curve, trained["entropy"]) for curve in curves) if row]
+    met = [row for row in (at_equal_entropy(curve, trained["entropy"]) for curve in curves) if row]
     if not met:
         return None
     best = {name: min(row[name] for row in met) for name in MEASURES}

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small products, which threads only slow down
@@ -46,6 +47,9 @@ QUICK = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "pretrain.steps
          "pretrain.batch_size=32", "corruption.proofreading_warmup=100", "loss.masking_warmup=100", "sampler.start=60",
          "critic.start=100", "critic.end=120", "evaluation.samples=128", "evaluation.judge_steps=150",
          "evaluation.judge_layers=2", "evaluation.judge_width=64"]
+
+MEASURES = ("c2st", "ngram_js", "judge_nll")
+"""Figures of texts that are lower where texts are better, at one token entropy."""
 
 
 def parse(doc: str, arguments: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
@@ -176,6 +180,19 @@ def remembered(config: Config, compute: Callable[[], dict], kind: str, *decides:
         partial.write_text(json.dumps(figures))
         partial.rename(path)
     return json.loads(path.read_text())
+
+
+def at_equal_entropy(curve: list[dict], entropy: float) -> dict[str, float] | None:
+    """A curve's measures at a token entropy, interpolated between the two temperatures whose entropies enclose it.
+
+    None where no two do. Equal temperatures would not be fair: a colder model has likelier texts and fewer of them.
+    """
+    rows = sorted(curve, key=lambda row: row["entropy"])
+    for low, high in pairwise(rows):
+        if low["entropy"] <= entropy <= high["entropy"]:
+            share = (entropy - low["entropy"]) / max(high["entropy"] - low["entropy"], 1e-12)
+            return {name: low[name] + share * (high[name] - low[name]) for name in MEASURES}
+    return None
 
 
 def _trained(kind: str, config: Config, dataset: Dataset, train: Callable[[Path], None], *decides: object) -> Path:
