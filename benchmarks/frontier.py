@@ -1,18 +1,19 @@
 """Does adversarial training move the whole frontier, or only along it?
 
-    python benchmarks/frontier.py [--quick] [--seeds N] [--data FILE] [--forwards 4 8 ...] [--temperatures 0.5 ...]
+    python benchmarks/frontier.py [section.key=value ...] [--quick] [--seeds N] [--data FILE] [--forwards 4 8 ...]
+                                  [--temperatures 0.5 ...] [--kinds random ...] [--figure FILE]
 
 The trained model against its own base, over temperatures and trunk forwards (NFE), the base under each way of
 re-masking and by the sampler's wavefront. The wavefront is the base's best, so the rounds start from it
 (`denoise.sampler=true`); `denoise.sampler=false` trains the filling in parallel.
 
-1. Equal entropy: each of the trained model's points is compared with the base at the same token entropy, interpolated
-   between the two temperatures whose entropies enclose it. A temperature must not explain the gain. Where no
-   temperature does, there is no comparison.
+1. Equal entropy: each of the trained model's points is compared with the base where it has the same token entropy,
+   at a temperature that is sought. A temperature must not explain the gain. Where one of the base's kinds has no such
+   temperature there is no comparison, and the point is named as left out.
 2. Each measure is that of the base's best kind of sampling, chosen by that measure.
 3. `dominates`: at every NFE and temperature that all seeds compare, the gains in C2ST accuracy and in n-gram distance
    are above zero by more than their 95 % intervals over seeds. `trained_8_vs_base_64`: the gains of the trained model
-   at 8 forwards and temperature 1 over the base at 64.
+   at temperature 1 and 8 forwards over the base at 64; it names the numbers, where `--forwards` leaves these out.
 4. Every model and every measurement is kept in the cache, so a run that was stopped goes on, and one with more seeds,
    temperatures or forwards adds to what is there.
 
@@ -33,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import (
     MEASURES,
+    Curve,
     Texts,
     adversarial,
-    at_equal_entropy,
     configure,
     dataset_of,
     generator,
@@ -57,8 +58,6 @@ from grpo.model import GPT
 
 FORWARDS = (4, 8, 16, 32, 64)
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0, 1.2)
-HOTTER = 1.4
-"""The base is sampled at this temperature too, to meet the entropy of the trained model's hottest texts."""
 KINDS: dict[str, dict[str, object]] = {
     "random": {"policy": "random"},
     "sampler": {"policy": "random", "sampler": True},
@@ -91,14 +90,14 @@ def measured(config: Config, texts: Texts, of: Sampled, kind: str, forwards: int
         tokens = of.write(texts, kind, forwards, temperature)
         return texts.measure(tokens) | {"c2st": texts.told_apart(tokens)}
 
-    decides = (of.folder.name, len(texts.natural.tokens), kind, forwards, temperature)
+    decides = (of.folder.name, *texts.decided_by, kind, forwards, temperature)
     return remembered(config, compute, "frontier", *decides)
 
 
-def gains(trained: dict, curves: list[list[dict]]) -> dict[str, float] | None:
+def gains(trained: dict, curves: list[Curve]) -> dict[str, float] | None:
     """What the base's best kind has above the trained model's figures, by measure, at equal token entropy."""
-    met = [row for row in (at_equal_entropy(curve, trained["entropy"]) for curve in curves) if row]
-    if not met:
+    met = [curve.at_entropy(trained["entropy"]) for curve in curves]
+    if not all(met):
         return None
     best = {name: min(row[name] for row in met) for name in MEASURES}
     return {f"{name}_gain": best[name] - trained[name] for name in MEASURES} | {
@@ -110,8 +109,8 @@ Point = tuple[int, float]
 """NFE and temperature."""
 
 
-def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict], dict | None, list[dict]]:
-    """Gains by point, gains at 8 against 64, and the plane, of one seed."""
+def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict | None], dict | None, list[dict]]:
+    """Gains by point, gains at few forwards against many, and the plane, of one seed."""
     rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=180"]
     config = configure(args, seed, "denoise.sampler=true", *rounds)
     dataset = dataset_of(config)
@@ -121,26 +120,26 @@ def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict], d
                                                                                 ("trained", folder)))
     own = "sampler" if config.denoise.sampler else "random"
     texts = Texts(config, dataset, config.evaluation.samples)
+
+    def curve(of: Sampled, kind: str, forwards: int) -> Curve:
+        return Curve(lambda heat: measured(config, texts, of, kind, forwards, heat), args.temperatures)
+
+    trained = {forwards: curve(final, own, forwards) for forwards in args.forwards}
+    of_base = {forwards: {kind: curve(base, kind, forwards) for kind in args.kinds} for forwards in args.forwards}
+    found = {}
+    for forwards in args.forwards:
+        for heat, row in trained[forwards].rows.items():
+            gained = found[forwards, heat] = gains(row, list(of_base[forwards].values()))
+            said = "  ".join(f"{k} {v:.4f}" for k, v in gained.items()) if gained else "no comparison"
+            print(f"seed {seed} NFE {forwards} T {heat}: {said}", flush=True)
+    against = gains(trained[args.few].rows[args.warm], list(of_base[args.many].values()))
     plane = [
-        {"seed": seed, "model": of.name, "kind": kind, "forwards": forwards, "temperature": heat,
-         **measured(config, texts, of, kind, forwards, heat)}
+        {"seed": seed, "model": model, "kind": kind, "forwards": forwards, "temperature": heat, **row}
         for forwards in args.forwards
-        for of, kinds, heats in ((final, [own], args.temperatures), (base, args.kinds, [*args.temperatures, HOTTER]))
-        for kind in kinds for heat in heats
+        for model, curves in (("trained", {own: trained[forwards]}), ("base", of_base[forwards]))
+        for kind, line in curves.items() for heat, row in line.rows.items()
     ]  # fmt: skip
-
-    def of_base(forwards: int) -> list[list[dict]]:
-        rows = [row for row in plane if row["model"] == "base" and row["forwards"] == forwards]
-        return [[row for row in rows if row["kind"] == kind] for kind in args.kinds]
-
-    trained = {(row["forwards"], row["temperature"]): row for row in plane if row["model"] == "trained"}
-    found = {point: gains(row, of_base(point[0])) for point, row in trained.items()}
-    few, many = min(args.forwards, key=lambda n: abs(n - 8)), max(args.forwards)
-    warm = min(args.temperatures, key=lambda heat: abs(heat - 1))
-    for point, row in found.items():
-        if row and point[1] == warm:
-            print(f"seed {seed} NFE {point[0]}: " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()), flush=True)
-    return {point: row for point, row in found.items() if row}, gains(trained[few, warm], of_base(many)), plane
+    return found, against, plane
 
 
 def above_zero(values: list[float]) -> bool:
@@ -187,14 +186,17 @@ def main() -> None:
     args.forwards = args.forwards or ([8, 64] if args.quick else list(FORWARDS))
     args.temperatures = args.temperatures or ([0.85, 1.0] if args.quick else list(TEMPERATURES))
     args.kinds = args.kinds or (["random", "sampler"] if args.quick else list(KINDS))
+    args.few, args.many = min(args.forwards, key=lambda n: abs(n - 8)), max(args.forwards)
+    args.warm = min(args.temperatures, key=lambda heat: abs(heat - 1))
     seeds = [seed_rows(args, seed) for seed in range(args.seeds)]
-    shared = [point for point in seeds[0][0] if all(point in found for found, _, _ in seeds)]
-    runs = {point: [found[point] for found, _, _ in seeds] for point in shared}
-    print_table("trained model against base at equal entropy", {f"NFE {n}, T {heat}": r for (n, heat), r in
-                                                                runs.items()})
-    against = [against for _, against, _ in seeds if against]
-    if against:
-        print_table("trained at 8 forwards against base at 64", {"gains": against})
+    points = {point: [found[point] for found, _, _ in seeds] for point in seeds[0][0]}
+    runs = {point: of_seeds for point, of_seeds in points.items() if all(of_seeds)}
+    if runs:
+        named = {f"NFE {forwards}, T {heat}": of_seeds for (forwards, heat), of_seeds in runs.items()}
+        print_table("trained model against base at equal entropy", named)
+    against = [against for _, against, _ in seeds]
+    if all(against):
+        print_table(f"trained at {args.few} forwards against base at {args.many}", {"gains": against})
     rows = [
         {"nfe": forwards, "temperature": heat, **summarise(of_seeds),
          "dominates": all(above_zero([run[f"{name}_gain"] for run in of_seeds]) for name in ("c2st", "ngram_js"))}
@@ -203,10 +205,12 @@ def main() -> None:
     plane = [row for _, _, plane in seeds for row in plane]
     if args.figure:
         draw(plane).savefig(args.figure, dpi=110)
+    compared = {"trained_nfe": args.few, "base_nfe": args.many, "temperature": args.warm}
     print(json.dumps({
         "rows": rows, "dominates": bool(rows) and all(row["dominates"] for row in rows),
-        "trained_8_vs_base_64": summarise(against) if against else None, "seeds": args.seeds, "quick": args.quick,
-        "curve": plane,
+        "left_out": [point for point in points if point not in runs],
+        "trained_8_vs_base_64": compared | summarise(against) if all(against) else None,
+        "seeds": args.seeds, "quick": args.quick, "curve": plane,
     }))  # fmt: skip
 
 

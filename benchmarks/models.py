@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -182,16 +182,49 @@ def remembered(config: Config, compute: Callable[[], dict], kind: str, *decides:
     return json.loads(path.read_text())
 
 
-def at_equal_entropy(curve: list[dict], entropy: float) -> dict[str, float] | None:
-    """A curve's measures at a token entropy, interpolated between the two temperatures whose entropies enclose it.
+class Curve:
+    """Measures of one model's texts by temperature, and at any token entropy."""
 
-    None where no two do. Equal temperatures would not be fair: a colder model has likelier texts and fewer of them.
-    """
-    rows = sorted(curve, key=lambda row: row["entropy"])
-    for low, high in pairwise(rows):
+    def __init__(self, measure: Callable[[float], dict], temperatures: Iterable[float]) -> None:
+        """Measure at these temperatures, at least one.
+
+        Args:
+            measure: temperature -> `entropy` and `MEASURES`.
+        """
+        self._measure = measure
+        self.rows = {heat: measure(heat) for heat in temperatures}
+
+    def at_entropy(self, entropy: float) -> dict[str, float] | None:
+        """The measures where texts have this token entropy, in nats; None where no temperature gives it.
+
+        Temperatures beyond those known are tried until two enclose it; then the one between them that should give it
+        is measured too, so that what is left to interpolate is next to nothing. (A chord between distant temperatures
+        lies above a convex curve, and would make the model look worse than it is.)
+        """
+        rows = dict(self.rows)
+        for _ in range(4):
+            if min(row["entropy"] for row in rows.values()) > entropy:
+                heat = round(min(rows) * 0.8, 3)
+            elif max(row["entropy"] for row in rows.values()) < entropy:
+                heat = round(max(rows) * 1.2, 3)
+            else:
+                break
+            rows[heat] = self._measure(heat)
+        guess = _interpolated(rows, entropy)
+        if guess is None:
+            return None
+        near = round(guess["temperature"], 3)
+        rows.setdefault(near, self._measure(near))
+        return _interpolated(rows, entropy)
+
+
+def _interpolated(rows: dict[float, dict], entropy: float) -> dict[str, float] | None:
+    """`temperature` and measures, linear in the entropy between the two rows that enclose it."""
+    points = sorted((row | {"temperature": heat} for heat, row in rows.items()), key=lambda row: row["entropy"])
+    for low, high in pairwise(points):
         if low["entropy"] <= entropy <= high["entropy"]:
             share = (entropy - low["entropy"]) / max(high["entropy"] - low["entropy"], 1e-12)
-            return {name: low[name] + share * (high[name] - low[name]) for name in MEASURES}
+            return {name: low[name] + share * (high[name] - low[name]) for name in (*MEASURES, "temperature")}
     return None
 
 
@@ -215,6 +248,13 @@ class Texts:
         self.places = window_places(dataset, *which)
         self.reference = windows(dataset, "judge", 2 * num, config.data.block_size, 1).tokens
         self.judge = judge(config, dataset)
+
+    @property
+    def decided_by(self) -> tuple:
+        """What figures are a function of, beside model, data and how texts are written."""
+        of_judge = judge_config(self.config)
+        return (len(self.natural.tokens), self.start, self.config.denoise.top_p, self.config.denoise.schedule,
+                of_judge.model, of_judge.pretrain)
 
     def write(self, model: GPT, policy: str, steps: int, *, temperature: float = 1.0, sampler: bool = False,
               randomness: float = 0.0, seed: int = 7, **settings: object) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks.frontier import above_zero, draw, gains
-from benchmarks.models import remembered
+from benchmarks.models import Curve, remembered
 from benchmarks.stability import judged
 from grpo.config import Config, RewardSection, RunSection
 
@@ -30,16 +30,36 @@ def point(entropy, value):
     return {"entropy": entropy, "c2st": value, "ngram_js": value / 10, "judge_nll": 4 * value}
 
 
+def convex(heat):
+    """Entropy rises with the temperature; the measure is best at an entropy of 2."""
+    entropy = 1.5 + 0.7 * heat
+    return point(entropy, 0.6 + (entropy - 2) ** 2)
+
+
+@pytest.mark.parametrize("entropy", [2.0, 2.13, 1.85, 2.34, 1.7, 2.5])  # the last two lie beyond what was known
+def test_a_curve_is_met_where_the_texts_have_that_entropy(entropy):
+    asked = []
+    curve = Curve(lambda heat: asked.append(heat) or convex(heat), [0.5, 0.9, 1.2])
+    met = curve.at_entropy(entropy)
+    assert met["temperature"] == pytest.approx((entropy - 1.5) / 0.7, abs=1e-3)
+    assert met["c2st"] == pytest.approx(0.6 + (entropy - 2) ** 2, abs=1e-3)  # the chord alone is 0.01 off
+    assert len(asked) <= 7 and list(curve.rows) == [0.5, 0.9, 1.2]
+
+
+def test_a_curve_that_never_has_an_entropy_says_so():
+    assert Curve(lambda heat: point(2.0 + 1e-3 * heat, 0.5), [0.5, 1.0]).at_entropy(2.4) is None
+
+
 def test_each_gain_is_over_the_base_kind_that_is_best_at_the_same_entropy():
     trained = {"entropy": 2.1, "c2st": 0.7, "ngram_js": 0.05, "judge_nll": 3.0}
-    random = [point(2.4, 0.9), point(2.0, 0.8)]  # 0.825 at 2.1
-    confidence = [point(1.9, 0.7), point(2.1, 0.9), point(2.6, 0.5)]  # 0.9
-    critic = [point(2.2, 0.1), point(2.3, 0.1)]  # never met that entropy
-    found = gains(trained, [random, confidence, critic])
+    random = Curve(lambda heat: point(2 + 0.4 * (heat - 0.5), 0.8 + 0.1 * (heat - 0.5)), [0.5, 1.5])  # 0.825 at 2.1
+    confidence = Curve(lambda heat: point(1.9 + 0.2 * heat, 0.9), [0.5, 1.5])
+    found = gains(trained, [random, confidence])
     assert {name: found[f"{name}_gain"] for name in ("c2st", "ngram_js", "judge_nll")} == pytest.approx(
         {"c2st": 0.125, "ngram_js": 0.0325, "judge_nll": 0.3}
     )
-    assert gains(trained, [critic]) is None
+    without = Curve(lambda heat: point(3.0, 0.1), [1.0])  # the best kind by far, elsewhere
+    assert gains(trained, [random, without]) is None
 
 
 def test_the_plane_is_drawn_by_forwards_with_means_over_seeds():
