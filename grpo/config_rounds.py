@@ -103,7 +103,7 @@ class GrpoSection:
     """Weight of the diffusion loss on natural text in the generator phase."""
     adversary: float = 1.0
     """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually go
-    `anchor: 0` and `entropy_floor: 0`."""
+    `anchor: 0`, `entropy_floor: 0` and `ema: 0` (nothing orbits, and an average would lag)."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
     weight of 0 logs one without learning from it."""
@@ -153,6 +153,12 @@ class GrpoSection:
         check(self.max_staleness in (0, 1), "grpo.max_staleness", "0 or 1", self.max_staleness)
         check(0 <= self.ema < 1, "grpo.ema", "at least 0 and below 1", self.ema)
         check(0 <= self.entropy_floor < 1, "grpo.entropy_floor", "at least 0 and below 1", self.entropy_floor)
+        check(
+            self.ema > 0 or self.entropy_floor == 0,
+            "grpo.entropy_floor",
+            "0 where grpo.ema is 0 (there is no averaged policy to go back to)",
+            self.entropy_floor,
+        )
         one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))

@@ -31,6 +31,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("grpo.group_size=1", ["grpo.group_size must be at least 2", "got 1"]),
         ("group_size", ["section.key=value"]),
         ("denoise.remasking=magic", ["denoise.remasking", "critic", "magic"]),
+        ("grpo.ema=0", ["grpo.entropy_floor must be 0 where grpo.ema is 0", "got 0.5"]),
         ("grpo.prompt_tokens=64", ["grpo.prompt_tokens", "data.block_size"]),
     ],
 )
