@@ -1,6 +1,7 @@
 """Do the adversarial rounds survive, seed after seed, and what keeps them alive?
 
-    python benchmarks/stability.py [--quick] [--seeds N] [--ablations N] [--rounds N] [--data FILE]
+    python benchmarks/stability.py [--quick] [--seeds N] [--ablations N] [--rounds N] [--processes N]
+                                   [--data FILE]
 
 The tiny configuration for many more rounds than it asks for. Every 50 rounds the run's result writes completions of
 held-out prompts. A seed survives if, whenever it is measured, its token entropy and its distinct-4 are at least 95 % of
@@ -10,7 +11,7 @@ lies within `reward.band_low` .. `reward.band_high`.
 Variants leave out the accuracy band (as many reward steps in every round), the replay buffer, the KL penalty or the
 anchor, let the advantages see the temperature, or divide them by their spread and score with a head that lags;
 `--ablations` says with how many seeds. Each seed of each variant is kept in the cache, so that a run that was stopped
-goes on and one with more seeds adds to what is there.
+goes on and one with more seeds adds to what is there. `--processes` of them run at once, a thread each.
 
 The last line is a JSON object: `survived` and `in_band` (shares), `entropy_kept` (least entropy over natural text's,
 mean over seeds), each with `_ci95` over seeds, and `rows`.
@@ -20,7 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +34,7 @@ from benchmarks.models import (
     configure,
     dataset_of,
     generator,
+    judge,
     load_generator,
     parse,
     print_table,
@@ -55,8 +60,12 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-def live(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, list]:
-    """Run all rounds; figures of the result every `every` rounds, and each round's discriminator accuracy."""
+def live(config: Config, args: argparse.Namespace, folder: Path, name: str) -> dict[str, list]:
+    """Run all rounds; figures of the result every `every` rounds, and each round's discriminator accuracy.
+
+    Args:
+        folder: of the base; name: what to print figures under.
+    """
     dataset = dataset_of(config)
     base, bias = load_generator(folder)
     texts = Texts(config, dataset, config.evaluation.samples)
@@ -73,9 +82,9 @@ def live(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, li
             tokens = texts.write(adversary.learner.result, "random", config.denoise.steps,
                                  sampler=config.denoise.sampler, mask_bias=bias)[:, texts.start :]
             kept = {"entropy": token_entropy(tokens), "distinct_4": distinct_n(tokens, 4)}
-            points.append({name: value / of_natural[name] for name, value in kept.items()} | {"round": round + 1})
-            print(f"seed {config.run.seed} round {round + 1}: " + "  ".join(f"{k} {v:.3f}" for k, v in
-                                                                            points[-1].items()), flush=True)
+            points.append({figure: value / of_natural[figure] for figure, value in kept.items()} | {"round": round + 1})
+            shown = ", ".join(f"{figure} {points[-1][figure]:.3f}" for figure in kept)
+            print(f"{name}, round {round + 1}: {shown} of natural text's", flush=True)
 
     try:
         adversary.run(follow)
@@ -93,27 +102,38 @@ def judged(config: Config, lived: dict[str, list]) -> dict[str, float]:
             "in_band": sum(band) / len(band), "accuracy": sum(lived["accuracies"]) / len(band)}
 
 
+def row(args: argparse.Namespace, job: tuple[str, int]) -> dict[str, float]:
+    """One seed's row of a variant."""
+    variant, seed = job
+    quick = ["reward.warmup_rounds=2"] if args.quick else []
+    config = configure(args, seed, f"grpo.rounds={args.rounds}", *quick, *VARIANTS[variant])
+    folder = generator(config, dataset_of(config))
+    decides = (folder.name, args.every, config.evaluation.samples, *rounds_follow_from(config))
+    return judged(config, remembered(config, lambda: live(config, args, folder, f"{variant}, seed {seed}"), "stability",
+                                     *decides))
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ablations", type=int, default=1, help="seeds of each variant that leaves something out")
     parser.add_argument("--rounds", type=int, help="default: 500, or 6 with --quick")
+    parser.add_argument("--processes", type=int, default=1, help="how many seeds run at once")
 
 
 def main() -> None:
     args = parse(__doc__, options)
-    rounds = args.rounds or (6 if args.quick else 500)
-    args.every = min(50, rounds // 2)
+    args.rounds = args.rounds or (6 if args.quick else 500)
+    args.every = min(50, args.rounds // 2)
+    shared = configure(args, 0)
+    judge(shared, dataset_of(shared))
+    jobs = [(variant, seed) for variant in VARIANTS
+            for seed in range(args.seeds if variant == "as configured" else args.ablations)]
     rows: dict[str, list[dict[str, float]]] = {}
-    for variant, overrides in VARIANTS.items():
-        for seed in range(args.seeds if variant == "as configured" else args.ablations):
-            quick = ["reward.warmup_rounds=2"] if args.quick else []
-            config = configure(args, seed, f"grpo.rounds={rounds}", *quick, *overrides)
-            folder = generator(config, dataset_of(config))
-            decides = (folder.name, args.every, config.evaluation.samples, *rounds_follow_from(config))
-            lived = remembered(config, lambda c=config, f=folder: live(c, args, f), "stability", *decides)
-            rows.setdefault(variant, []).append(judged(config, lived))
-    print_table(f"{rounds} rounds", rows)
+    with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for (variant, _), lived in zip(jobs, pool.map(partial(row, args), jobs), strict=True):
+            rows.setdefault(variant, []).append(lived)
+    print_table(f"{args.rounds} rounds", rows)
     table = {variant: summarise(runs) for variant, runs in rows.items()}
-    print(json.dumps(table["as configured"] | {"rows": table, "rounds": rounds, "seeds": args.seeds,
+    print(json.dumps(table["as configured"] | {"rows": table, "rounds": args.rounds, "seeds": args.seeds,
                                                "quick": args.quick}))
 
 
