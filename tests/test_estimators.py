@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.estimators import EXACT, Batch, Estimator, coupled, elbo, estimators, gradient, merged, one_step, subset
 from grpo.trajectory import trajectory_logprobs
-from tests.test_trajectory import make_model, relative, rolled
+from tests.small_rollouts import make_model, relative, rolled
 
 
 def batch(prompt=4, **settings):

@@ -8,7 +8,7 @@ from benchmarks.peak_memory import PeakMemory
 from grpo.lora import Trainable, train_below_heads
 from grpo.replay import CACHED, action_values, draw_steps, part_logprobs, split, with_states
 from grpo.trajectory import credited, trajectory_logprobs
-from tests.test_trajectory import KINDS, T, gradient, large, make_model, relative, rolled
+from tests.small_rollouts import KINDS, T, gradient, large, make_model, relative, rolled
 
 
 def both(kind, dtype=torch.float32, rows=None):
