@@ -40,9 +40,9 @@ from grpo.config import Config
 from grpo.data import Batch, Cursor, Dataset, windows
 from grpo.metrics import auroc
 from grpo.model import GPT, text_logits
-from grpo.noise import row_seeds, uniforms
-from grpo.remasking import REMASK, choose, log_mask_probability, log_wrong_from_confidence
-from grpo.wavefront import PROPOSE, propose
+from grpo.noise import PROPOSE, REMASK, row_seeds, uniforms
+from grpo.remasking import choose, log_mask_probability, log_wrong_from_confidence
+from grpo.wavefront import propose
 
 VARIANTS = {
     "mdlm": ["loss.objective=mdlm"],

@@ -33,9 +33,9 @@ from torch import Tensor
 from benchmarks.tables import spread
 from grpo.config import ModelSection
 from grpo.model import GPT
-from grpo.noise import row_seeds, uniforms
+from grpo.noise import PROPOSE, row_seeds, uniforms
 from grpo.tokenizer import Vocabulary
-from grpo.wavefront import PROPOSE, WavefrontResult, proposal_logits, sample_tokens, wavefront_fill
+from grpo.wavefront import WavefrontResult, proposal_logits, sample_tokens, wavefront_fill
 
 ROWS, COLUMNS = 64, 256
 

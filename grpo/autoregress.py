@@ -15,8 +15,8 @@ from torch import Tensor
 
 from grpo.kv_cache import KVCache
 from grpo.model import GPT
-from grpo.noise import uniforms
-from grpo.wavefront import PROPOSE, propose
+from grpo.noise import PROPOSE, uniforms
+from grpo.wavefront import propose
 
 
 @dataclass(frozen=True, kw_only=True)

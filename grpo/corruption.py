@@ -23,10 +23,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from grpo.noise import row_seeds, uniforms
+from grpo.noise import JITTER, KIND, OFFSET, ORDER, SHARE, SOURCE, STRATUM, row_seeds, uniforms
 from grpo.tokenizer import Vocabulary
-
-_STRATUM, _JITTER, _SHARE, _KIND, _OFFSET, _SOURCE, _ORDER = range(7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +77,8 @@ def stratified_rows(run_seed: int, stream: int, step: int, rows: Tensor, batch_s
         ([B] int64 seeds, [B] float64 times in (0, 1)); both depend on nothing but the arguments above and each row.
     """
     seeds = row_seeds(run_seed, stream, step, torch.arange(batch_size, device=rows.device))
-    strata = uniforms(seeds, _STRATUM).argsort().argsort()
-    times = (strata + uniforms(seeds, _JITTER)) / batch_size
+    strata = uniforms(seeds, STRATUM).argsort().argsort()
+    times = (strata + uniforms(seeds, JITTER)) / batch_size
     return seeds[rows], times[rows]
 
 
@@ -111,18 +109,18 @@ def corrupt(
     positions = torch.arange(clean.shape[1], device=clean.device)
     seeds_B1 = seeds[:, None]
     rate = times * (1 - guaranteed_correct)
-    replace_rate = rate * remask_ratio * uniforms(seeds, _SHARE)
+    replace_rate = rate * remask_ratio * uniforms(seeds, SHARE)
 
-    kind = uniforms(seeds_B1, _KIND, positions)
+    kind = uniforms(seeds_B1, KIND, positions)
     replaced = attention_mask & (kind < replace_rate[:, None])
     masked = attention_mask & ~replaced & (kind < rate[:, None])
 
     base_size = vocabulary.base_size
-    offset = 1 + (uniforms(seeds_B1, _OFFSET, positions) * (base_size - 1)).long()
+    offset = 1 + (uniforms(seeds_B1, OFFSET, positions) * (base_size - 1)).long()
     wrong = (clean + offset) % base_size
     if own_predictions is not None:
         is_error = (own_predictions != clean) & (own_predictions < base_size)
-        takes_own = is_error & (uniforms(seeds_B1, _SOURCE, positions) < own_share)
+        takes_own = is_error & (uniforms(seeds_B1, SOURCE, positions) < own_share)
         wrong = torch.where(takes_own, own_predictions, wrong)
 
     return Corrupted(
@@ -150,7 +148,7 @@ def mask_only(
     positions = torch.arange(clean.shape[1], device=clean.device)
     num_tokens = attention_mask.sum(1)
     num_masked = (times * num_tokens).ceil()
-    order = uniforms(seeds[:, None], _ORDER, positions).masked_fill(~attention_mask, 2.0)  # pads come last
+    order = uniforms(seeds[:, None], ORDER, positions).masked_fill(~attention_mask, 2.0)  # pads come last
     masked = attention_mask & (order.argsort(1).argsort(1) < num_masked[:, None])
     return Corrupted(
         inputs=clean.masked_fill(masked, vocabulary.mask_id),

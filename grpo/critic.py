@@ -18,11 +18,9 @@ from torch import Tensor
 from grpo.corruption import Corrupted
 from grpo.metrics import weighted_sum
 from grpo.model import text_logits
-from grpo.noise import uniforms
+from grpo.noise import FILL, uniforms
 from grpo.tokenizer import Vocabulary
 from grpo.wavefront import sample_tokens
-
-_FILL = 0x46494C4C
 
 
 @torch.no_grad()
@@ -39,7 +37,7 @@ def fill_masks(inputs: Tensor, logits: Tensor, *, vocabulary: Vocabulary, seeds:
     """
     masked = inputs == vocabulary.mask_id
     row, column = masked.nonzero(as_tuple=True)
-    drawn = sample_tokens(text_logits(logits, vocabulary)[row, column], uniforms(seeds[row], _FILL, column))
+    drawn = sample_tokens(text_logits(logits, vocabulary)[row, column], uniforms(seeds[row], FILL, column))
     return inputs.masked_scatter(masked, drawn.tokens)
 
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from grpo.model import GPT
-from grpo.noise import uniforms
-from grpo.remasking import FRESH_ONLY, POLICIES, REMASK, Filled, choose, resolve_policy
+from grpo.noise import PROPOSE, REMASK, uniforms
+from grpo.remasking import FRESH_ONLY, POLICIES, Filled, choose, resolve_policy
 from grpo.slices import slices
-from grpo.wavefront import PROPOSE, propose, wavefront_fill
+from grpo.wavefront import propose, wavefront_fill
 
 NOISE_AT_ONCE = 1 << 20
 """Numbers of noise that are computed together: it takes fifty operations, however many they are."""

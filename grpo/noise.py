@@ -19,6 +19,12 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
+STRATUM, JITTER, SHARE, KIND, OFFSET, SOURCE, ORDER, FILL, HIDE_LEFT, HIDE_RIGHT = range(10)
+"""What a corrupted row's noise is for: the first counter after its seed. One row's corruption, fills and losses share a
+seed, so two of these with one number would be one draw."""
+PROPOSE, SEED, REMASK = 1, 2, 5
+"""What a denoised row's noise is for: the counter after its step."""
+
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)

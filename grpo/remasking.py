@@ -26,7 +26,6 @@ from grpo.model import GPT
 from grpo.noise import to_gumbels
 from grpo.wavefront import state_slices
 
-REMASK = 5  # purpose of noise; wavefront.py has the others
 _LEAST = -1e-12  # log-probability of a token that is certain, so that log P(wrong) stays finite
 
 

@@ -31,10 +31,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from grpo.model import GPT, text_logits
-from grpo.noise import uniforms
+from grpo.noise import HIDE_LEFT, HIDE_RIGHT, PROPOSE, SEED, uniforms
 from grpo.slices import slices
 
-PROPOSE, SEED, HIDE_LEFT, HIDE_RIGHT = 1, 2, 3, 4  # purposes of noise; remasking.py has its own
 _FAR = 1 << 40  # distance to a known token that does not exist
 _BELOW_ONE = 1 - 2.0**-52  # times a total near 1 it rounds to less than the total: a token with probability is hit
 _LOGITS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # of [M, V] tables, float64: 1 MB, in the cache; 0.5 GB

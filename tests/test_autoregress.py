@@ -7,9 +7,8 @@ from torch import nn
 from grpo.autoregress import generate
 from grpo.config import ModelSection
 from grpo.model import GPT
-from grpo.noise import uniforms
+from grpo.noise import PROPOSE, uniforms
 from grpo.tokenizer import Vocabulary
-from grpo.wavefront import PROPOSE
 
 torch.set_num_threads(1)
 VOCABULARY = Vocabulary(30)

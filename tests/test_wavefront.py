@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from grpo.config import ModelSection
+from grpo.corruption import corrupt, stratified_rows
 from grpo.model import GPT
-from grpo.noise import row_seeds, uniforms
+from grpo.noise import PROPOSE, SEED, row_seeds, uniforms
 from grpo.tokenizer import Vocabulary
 from grpo.wavefront import (
-    PROPOSE,
-    SEED,
     nucleus,
     proposal_logits,
     proposal_logprobs,
@@ -255,21 +254,41 @@ def test_sampler_loss_equals_a_loop_over_masked_positions():
         torch.testing.assert_close(loss, total / masked.sum(), rtol=0, atol=1e-12)
 
 
-def test_sides_are_hidden_independently_and_at_the_asked_rate():
-    """A probe in place of the sampler head reads off which sides it was given."""
+class SidesSeen(torch.nn.Module):
+    """In the place of the sampler head: keeps which neighbours it was given."""
+
+    def forward(self, hidden, left, right):
+        self.left, self.right = (side.abs().sum(-1) > 0 for side in (left, right))
+        return hidden
+
+
+def sides_seen(clean, masked, seeds):
     model = make_model()
-    seen = {}
+    model.heads["sampler"] = probe = SidesSeen()
+    sampler_loss(model, torch.zeros(*clean.shape, 16, dtype=torch.float64), clean, masked, seeds=seeds,
+                 side_dropout=0.3, denominator=1.0)
+    return probe
 
-    class Probe(torch.nn.Module):
-        def forward(self, hidden, left, right):
-            seen["left"], seen["right"] = (side.abs().sum(-1).view(2000, 24) > 0 for side in (left, right))
-            return hidden
 
-    model.heads["sampler"] = Probe()
+def test_sides_are_hidden_independently_and_at_the_asked_rate():
     clean = torch.randint(0, BASE, (2000, 24))
-    sampler_loss(model, torch.zeros(2000, 24, 16, dtype=torch.float64), clean, torch.ones_like(clean, dtype=torch.bool),
-                 seeds=row_seeds(0, 0, 0, torch.arange(2000)), side_dropout=0.3, denominator=1.0)
-    left, right = seen["left"][:, 1:-1], seen["right"][:, 1:-1]
-    assert abs(left.double().mean() - 0.7) < 0.01 and abs(right.double().mean() - 0.7) < 0.01
-    assert abs((left & right).double().mean() - 0.49) < 0.01
-    assert not seen["left"][:, 0].any() and not seen["right"][:, -1].any()
+    probe = sides_seen(clean, torch.ones_like(clean, dtype=torch.bool), row_seeds(0, 0, 0, torch.arange(2000)))
+    left, right = probe.left.view(2000, 24), probe.right.view(2000, 24)
+    assert not left[:, 0].any() and not right[:, -1].any()
+    left, right = left[:, 1:-1].double(), right[:, 1:-1].double()
+    assert abs(left.mean() - 0.7) < 0.01 and abs(right.mean() - 0.7) < 0.01
+    assert abs((left * right).mean() - 0.49) < 0.01
+
+
+def test_sides_are_hidden_alike_however_much_of_a_row_is_masked():
+    """The dropout's noise is not that which masked the token."""
+    clean = torch.randint(0, BASE, (4000, 24))
+    everywhere = torch.ones_like(clean, dtype=torch.bool)
+    seeds, times = stratified_rows(0, 0, 0, torch.arange(4000), 4000)
+    masked = corrupt(clean, vocabulary=Vocabulary(BASE), attention_mask=everywhere, seeds=seeds, times=times,
+                     remask_ratio=0.0, guaranteed_correct=0.0).masked
+    masked[:, [0, -1]] = False  # nothing lies beyond
+    rate = times[masked.nonzero()[:, 0]]
+    probe = sides_seen(clean, masked, seeds)
+    for few in (rate < 0.3, rate > 0.7):
+        assert abs(probe.left[few].double().mean() - 0.7) < 0.02 and abs(probe.right[few].double().mean() - 0.7) < 0.02
