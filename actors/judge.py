@@ -28,6 +28,7 @@ def judge_config(config: Config) -> Config:
         sampler=False,
         n_layer=settings.judge_layers,
         n_embd=settings.judge_width,
+        n_head=settings.judge_heads,
         dropout=0.0,
     )
     steps = settings.judge_steps
@@ -40,7 +41,8 @@ def judge_config(config: Config) -> Config:
         warmup=min(config.pretrain.warmup, steps // 10 + 1),
     )
     denoise = replace(config.denoise, sampler=False, remasking="random")
-    return replace(config, model=model, pretrain=pretrain, denoise=denoise)
+    grpo, reward = replace(config.grpo, replay_steps=0), replace(config.reward, layers=(-1,))
+    return replace(config, model=model, pretrain=pretrain, denoise=denoise, grpo=grpo, reward=reward)
 
 
 class Judge:

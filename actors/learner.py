@@ -89,7 +89,7 @@ class Learner:
         self.optimizer = make_optimizer(self.parts, learning_rate=config.grpo.learning_rate)
         self.mask_bias = MaskBias(config.mask_bias, device)
         self.first_entropy: float | None = None
-        self.back_offs = 0
+        self.back_offs = self.backed_off_at = 0
         self.version = 0
 
     # ---- what the actors need -------------------------------------------------------------------------------------
@@ -132,6 +132,8 @@ class Learner:
         num_steps = 1 if self.model.trunk.causal else self.config.denoise.steps
         drawn = [draw_steps(self.config.run.seed, update, num_steps, grpo.replay_steps) for update in updates]
         parts = [(r, part) for r, rollout in enumerate(rollouts) for part in split(rollout, grpo.micro_batch)]
+        for rollout, own in zip(rollouts, weights, strict=True):
+            accumulate(sums, {"entropy": weighted_sum(rollout.entropies, own[: len(rollout.entropies)])})
         proximal = self._proximal(rollouts, parts, {CACHED}.union(*drawn))
         ratio_max = torch.zeros((), device=self.device)
         norms: dict[str, Tensor] = {}
@@ -176,9 +178,7 @@ class Learner:
         self.version += 1
         self._average()
         metrics = self._means(sums)
-        self.first_entropy = self.first_entropy or metrics["entropy"]
-        if metrics["entropy"] < grpo.entropy_floor * self.first_entropy:
-            self._back_off()
+        self._watch_entropy(metrics.get("entropy"), min(rollout.policy_version for rollout in rollouts))
         return metrics | {
             "ratio_max": float(self.all_reduce(ratio_max, "max")),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -204,6 +204,7 @@ class Learner:
             "mask_bias": self.mask_bias.state_dict(),
             "first_entropy": self.first_entropy,
             "back_offs": self.back_offs,
+            "backed_off_at": self.backed_off_at,
         }
 
     def load(self, tensors: dict[str, Tensor], texts: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -214,7 +215,7 @@ class Learner:
         self.version = numbers["version"]
         self.mask_bias.load_state_dict(numbers["mask_bias"])
         self.first_entropy = numbers["first_entropy"]
-        self.back_offs = numbers["back_offs"]
+        self.back_offs, self.backed_off_at = numbers["back_offs"], numbers["backed_off_at"]
         set_learning_rate(self.optimizer, self._learning_rate)
         self.discriminator.load(with_prefix(tensors, "discriminator."), texts, numbers["num_reward_steps"])
 
@@ -287,9 +288,9 @@ class Learner:
         *,
         stale: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Policy loss, KL and entropy terms of a part, figures as pairs, and the largest ratio."""
+        """Policy loss and KL term of a part, figures as pairs, and the largest ratio."""
         grpo, rollout = self.config.grpo, part.rollout
-        logprobs, kl, spread = action_values(self.model, self.reference, part)
+        logprobs, kl = action_values(self.model, self.reference, part)
         rows, num_rows = credited(rollout, "rows"), len(rollout.tokens)
         if log_means is not None:
             log_means = log_means[part.samples]
@@ -303,8 +304,7 @@ class Learner:
         loss, metrics = clipped_policy_loss(
             ratios, credit, trusted, epsilon_low=grpo.epsilon_low, epsilon_high=grpo.epsilon_high
         )
-        of_tokens = weights[: len(rollout.actions)]
-        figures |= metrics | {"kl": weighted_sum(kl, weights), "entropy": weighted_sum(spread, of_tokens)}
+        figures |= metrics | {"kl": weighted_sum(kl, weights)}
         return loss + grpo.kl * (weights * kl).sum(), figures, torch.cat([ratios.detach(), ratios.new_zeros(1)]).max()
 
     def _anchor_loss(self, step: int, natural: Batch, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -329,9 +329,18 @@ class Learner:
         for name, mean in policy_state(self.result.trunk, self.result.heads).items():
             mean.lerp_(now[name], 1 - decay)
 
+    def _watch_entropy(self, entropy: float | None, acted: int) -> None:
+        """Back off where the policy of version `acted` had collapsed; None: it proposed nothing."""
+        if entropy is None:
+            return
+        self.first_entropy = self.first_entropy or entropy
+        if entropy < self.config.grpo.entropy_floor * self.first_entropy and acted >= self.backed_off_at:
+            self._back_off()
+
     def _back_off(self) -> None:
         """Leave a collapsed policy: take the averaged one, forget the optimiser's moments, learn half as fast."""
         self.back_offs += 1
+        self.backed_off_at = self.version  # rollouts in flight are still the collapsed policy's
         load_policy_state(self.model.trunk, self.model.heads, policy_state(self.result.trunk, self.result.heads))
         self.optimizer = make_optimizer(self.parts, learning_rate=self._learning_rate)
 

@@ -98,7 +98,7 @@ def peak(rollout: Rollout, model: Callable[[], GPT], *, together: bool) -> int:
     with PeakMemory() as memory:
         total: Tensor | float = 0.0
         for part in parts:
-            logprobs, kl, _ = action_values(policy, reference, part)
+            logprobs, kl = action_values(policy, reference, part)
             loss = (kl - logprobs).sum() / len(rollout.rows)
             total = total + loss
             if not together:

@@ -37,7 +37,7 @@ from torch import Tensor
 from actors.reward import Scores
 from benchmarks.adversarial import Adversary
 from grpo.data import Batch, Dataset
-from grpo.policy_loss import entropy, group_advantages, temperature_direction
+from grpo.policy_loss import group_advantages, temperature_direction
 from grpo.reward_loss import dense_rewards
 from grpo.trajectory import Rollout, policy_log_probs
 
@@ -71,7 +71,7 @@ def gradients(adversary: Adversary, rollout: Rollout, scores: Scores, dataset: D
     heads = [p for name, p in model.heads.named_parameters() if not name.startswith("critic")]
     log_policy = policy_log_probs(model, rollout)
     own = log_policy.gather(-1, rollout.actions[:, None])[:, 0]
-    knob = temperature_direction(rollout.logprobs, entropy(log_policy.detach()))
+    knob = temperature_direction(rollout.logprobs, rollout.entropies)
     grouped = rollout.completion_mask.unflatten(0, (-1, size))
     for name, rewards in rewards_by_credit(scores, rollout, dataset).items():
         advantages = group_advantages(rewards.unflatten(0, (-1, size)), mask=grouped).flatten(0, 1)

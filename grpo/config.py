@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+SHORTEST = 4
+"""Tokens that a completion must have to be measured."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. Functions take the section or the values that they use, never this."""
@@ -74,10 +78,17 @@ class Config:
 
     def __post_init__(self) -> None:
         check(
-            self.grpo.prompt_tokens < self.data.block_size,
+            self.grpo.prompt_tokens <= self.data.block_size - SHORTEST,
             "grpo.prompt_tokens",
-            f"below data.block_size ({self.data.block_size})",
+            f"at least {SHORTEST} below data.block_size ({self.data.block_size}), so that a completion has 4-grams",
             self.grpo.prompt_tokens,
+        )
+        layers = self.model.n_layer
+        check(
+            all(layer == -1 or 1 <= layer <= layers for layer in self.reward.layers),
+            "reward.layers",
+            f"-1 or from 1 to model.n_layer ({layers})",
+            list(self.reward.layers),
         )
         steps = 1 if self.model.attention == "causal" else self.denoise.steps
         check(

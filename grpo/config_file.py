@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def _all_keys() -> list[str]:
     return [f"{section}.{key}" for section, values in to_dict(Config()).items() for key in values]
 
 
-def _one_line(error: OmegaConfBaseException, origin: str) -> str:
-    key = (getattr(error, "full_key", None) or "").strip()
-    first = str(error).splitlines()[0]
+def _one_line(error: OmegaConfBaseException, origin: str, likely: str = "") -> str:
+    """The error with its key; `likely` where it names none."""
+    key = (getattr(error, "full_key", None) or likely).strip()
+    first = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element")
     if key and key not in _all_keys() and key not in to_dict(Config()):
         near = difflib.get_close_matches(key, _all_keys() + list(to_dict(Config())), n=1, cutoff=0.5)
         return f"{origin}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
@@ -59,18 +61,28 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             values = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
-        tree = _merge(tree, values, "command line")
+        tree = _merge(tree, values, "command line", key)
+    return _built(tree, "config")
+
+
+def _built(tree: Any, origin: str) -> Config:
+    """The dataclasses, which check their values."""
+    for name, section in OmegaConf.to_container(tree).items():
+        for key, value in section.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{name}.{key} must be finite, got {number}")
     try:
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error, "config")) from None
+        raise ValueError(_one_line(error, origin)) from None
 
 
-def _merge(tree: Any, values: Any, origin: str) -> Any:
+def _merge(tree: Any, values: Any, origin: str, key: str = "") -> Any:
     try:
         return OmegaConf.merge(tree, values)
     except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error, origin)) from None
+        raise ValueError(_one_line(error, origin, key)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -84,11 +96,7 @@ def from_dict(values: dict[str, Any], origin: str = "saved config") -> Config:
     Raises:
         ValueError: a section or field that this version does not know; says `origin`.
     """
-    tree = _merge(OmegaConf.structured(Config), values, origin)
-    try:
-        return OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error, origin)) from None
+    return _built(_merge(OmegaConf.structured(Config), values, origin), origin)
 
 
 def with_values(config: Config, values: dict[str, Any], origin: str) -> Config:

@@ -36,6 +36,8 @@ class RunSection:
     """Torch threads per worker process; 0: the cores of this machine divided by the workers."""
 
     def __post_init__(self) -> None:
+        check(0 <= self.seed < 1 << 32, "run.seed", "between 0 and 2^32 - 1", self.seed)
+        check(self.timeout_s > 0, "run.timeout_s", "positive", self.timeout_s)
         check(self.threads >= 0, "run.threads", "0 (automatic) or more", self.threads)
         check("/" not in self.name, "run.name", "a plain folder name without '/'", self.name)
 
@@ -319,5 +321,7 @@ class PretrainSection:
             self.batch_size,
         )
         check(self.learning_rate > 0, "pretrain.learning_rate", "positive", self.learning_rate)
+        for name in ("warmup", "weight_decay"):
+            check(getattr(self, name) >= 0, f"pretrain.{name}", "0 or more", getattr(self, name))
         check(self.grad_clip > 0, "pretrain.grad_clip", "positive", self.grad_clip)
         one_of("pretrain.dtype", self.dtype, ("float32", "bfloat16"))

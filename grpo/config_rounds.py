@@ -191,6 +191,7 @@ class GrpoSection:
             self.adversary,
         )
         check(self.learning_rate > 0, "grpo.learning_rate", "positive", self.learning_rate)
+        check(self.grad_clip > 0, "grpo.grad_clip", "positive", self.grad_clip)
         check(
             self.rollout_actors % self.num_workers == 0,
             "grpo.rollout_actors",
@@ -252,7 +253,10 @@ class RewardSection:
         one_of("reward.pooling", self.pooling, ("last", "mean", "both"))
         one_of("reward.loss", self.loss, ("mse", "bce", "bradley_terry"))
         one_of("reward.signal", self.signal, ("probability", "log_odds"))
-        check(self.reach >= 0, "reward.reach", "0 or more", self.reach)
+        for name in ("reach", "replay_rounds", "warmup_rounds", "warmup_steps"):
+            check(getattr(self, name) >= 0, f"reward.{name}", "0 or more", getattr(self, name))
+        check(self.hidden >= 1, "reward.hidden", "at least 1", self.hidden)
+        check(self.learning_rate > 0, "reward.learning_rate", "positive", self.learning_rate)
         check(len(self.layers) >= 1, "reward.layers", "at least one layer", self.layers)
         check(
             self.masked_passes == 0 or self.masked_passes >= 2,
@@ -292,6 +296,8 @@ class EvaluationSection:
     """Blocks of the judge."""
     judge_width: int = 96
     """Width of the judge."""
+    judge_heads: int = 4
+    """Attention heads of the judge."""
     temperature: tuple[float, ...] = ()
     """Temperatures that `pipelines/evaluate.py` crosses with the lists below; empty: that of `denoise`, as there."""
     top_p: tuple[float, ...] = ()
@@ -304,8 +310,15 @@ class EvaluationSection:
     """Fill by the wavefront of the sampler head, or all at once."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "judge_steps", "judge_layers", "judge_width"):
+        check(self.samples >= 4, "evaluation.samples", "at least 4", self.samples)
+        for name in ("judge_steps", "judge_layers", "judge_heads"):
             check(getattr(self, name) >= 1, f"evaluation.{name}", "at least 1", getattr(self, name))
+        check(
+            self.judge_width >= 1 and self.judge_width % (2 * self.judge_heads) == 0,
+            "evaluation.judge_width",
+            f"a positive multiple of twice evaluation.judge_heads ({self.judge_heads})",
+            self.judge_width,
+        )
         for value in self.temperature:
             check(value > 0, "evaluation.temperature", "positive numbers", value)
         for value in self.top_p:

@@ -176,8 +176,3 @@ def exact_kl(log_policy: Tensor, log_reference: Tensor) -> Tensor:
     inside = log_policy > float("-inf")
     difference = (log_policy - log_reference).masked_fill(~inside, 0.0)
     return (log_policy.exp() * difference).sum(-1)
-
-
-def entropy(log_policy: Tensor) -> Tensor:
-    """Entropy over the vocabulary, nats per action. log_policy: [M, V]; returns [M]."""
-    return -(log_policy.exp() * log_policy.masked_fill(log_policy == float("-inf"), 0.0)).sum(-1)

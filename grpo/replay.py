@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo.model import GPT
 from grpo.noise import row_seeds, uniforms
-from grpo.policy_loss import entropy, exact_kl
+from grpo.policy_loss import exact_kl
 from grpo.slices import slices
 from grpo.trajectory import (
     ACTION_FIELDS,
@@ -152,7 +152,7 @@ def with_states(model: GPT, part: Part) -> Rollout:
     return replace(rollout, hidden=states[rollout.rows, rollout.positions - int(causal)], choices=choices)
 
 
-def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE) -> tuple[Tensor, Tensor, Tensor]:
+def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE) -> tuple[Tensor, Tensor]:
     """What the policy loss needs of each credited action, in bounded memory.
 
     Args:
@@ -160,7 +160,7 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
 
     Returns:
         [m + d] log-probability under the policy; [m + d] KL(policy || reference) at its state, exact over the
-        vocabulary or the positions, without gradient for the reference; [m] entropy of the policy there. Nats.
+        vocabulary or the positions, without gradient for the reference. Nats.
     """
     mine = with_states(policy, part)
     with torch.no_grad():
@@ -174,25 +174,25 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
             values.append(checkpoint(_proposal_values, policy, reference, *both, **kept))
         else:
             values.append(_proposal_values(policy, reference, *both))
-    logprobs, kl, spread = (torch.cat(column) for column in zip(*values, strict=True))
+    logprobs, kl = (torch.cat(column) for column in zip(*values, strict=True))
     if mine.choices is not None:
         own = choice_log_probs(policy, mine.choices)
         with torch.no_grad():
             other = choice_log_probs(reference, theirs.choices)
         logprobs = torch.cat([logprobs, _drawn(own, mine.choices).to(logprobs.dtype)])
         kl = torch.cat([kl, exact_kl(own, other).to(kl.dtype)])
-    return logprobs, kl, spread
+    return logprobs, kl
 
 
 def _slice(rollout: Rollout, piece: slice) -> Rollout:
     return replace(rollout, **{name: _pick(getattr(rollout, name), piece) for name in ACTION_FIELDS})
 
 
-def _proposal_values(policy: GPT, reference: GPT, mine: Rollout, theirs: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+def _proposal_values(policy: GPT, reference: GPT, mine: Rollout, theirs: Rollout) -> tuple[Tensor, Tensor]:
     own = policy_log_probs(policy, mine)
     with torch.no_grad():
         other = policy_log_probs(reference, theirs)
-    return _drawn(own, mine), exact_kl(own, other), entropy(own)
+    return _drawn(own, mine), exact_kl(own, other)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def launch(
     except ValueError as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)  # a task's holds its traceback
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

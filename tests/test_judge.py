@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from grpo.config import (
     GrpoSection,
     ModelSection,
     PretrainSection,
+    RewardSection,
 )
 from grpo.data import Cursor, make_dataset, windows
 from grpo.text_quality import judge_nll
@@ -36,6 +39,16 @@ def test_the_judge_is_a_causal_model_of_its_own_size():
     assert (config.model.attention, config.model.n_layer, config.model.n_embd) == ("causal", 1, 16)
     assert not (config.model.critic or config.model.sampler or config.denoise.sampler)
     assert (config.pretrain.steps, config.pretrain.num_workers, config.pretrain.warmup) == (60, 1, 7)
+
+
+def test_a_judge_fits_beside_any_generator():
+    of_generator = replace(
+        CONFIG,
+        model=replace(CONFIG.model, n_head=20, n_embd=320),
+        grpo=replace(CONFIG.grpo, trainable="lora", replay_steps=2),
+        reward=RewardSection(layers=(3,)),
+    )
+    assert judge_config(of_generator).model.n_head == CONFIG.evaluation.judge_heads
 
 
 def test_the_judge_reads_its_own_split_alone_and_learns(dataset, monkeypatch):

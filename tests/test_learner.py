@@ -8,8 +8,24 @@ import torch.multiprocessing as mp
 
 from actors.trunk_store import to_arrays
 from grpo.config import DenoiseSection
+from grpo.data import Batch
 from grpo.reward_loss import log_odds
-from tests.learner_world import BUSY, CONFIG, PLAIN, G, N, P, World, assert_same, grpo_with, policy_gradient, run_rank
+from tests.learner_world import (
+    BUSY,
+    CONFIG,
+    PLAIN,
+    VOCABULARY,
+    G,
+    N,
+    P,
+    T,
+    World,
+    assert_same,
+    grpo_with,
+    natural,
+    policy_gradient,
+    run_rank,
+)
 
 torch.set_num_threads(1)
 
@@ -313,3 +329,26 @@ def test_without_a_floor_a_collapsed_policy_goes_on():
     with torch.no_grad():
         world.learner.model.heads["lm"].weight.mul_(100)
     assert world.round(1)["back_offs"] == 0
+
+
+def test_a_rollout_in_flight_at_a_collapse_is_no_second_one():
+    world = World(grpo_with(num_iterations=1, entropy_floor=0.5, max_staleness=1))
+    world.round(0)
+    with torch.no_grad():
+        world.learner.model.heads["lm"].weight.mul_(100)
+    rollouts, scores, _, prompts = world.roll(1)
+    for round in (1, 2):
+        assert world.learner.generator_phase(round, rollouts, scores, prompts, world.prompts)["back_offs"] == 1
+
+
+def test_a_round_of_texts_that_end_with_their_prompts_changes_no_heads(monkeypatch):
+    full = natural(0, full=True)
+    short = torch.arange(T).expand_as(full.tokens) < P
+    rows = Batch(full.tokens.masked_fill(~short, VOCABULARY.pad_id), short)
+    monkeypatch.setattr("tests.learner_world.natural", lambda round, full: rows)
+    world = World(grpo_with(anchor=0.0))
+    before = {name: value.clone() for name, value in world.learner.model.heads.state_dict().items()}
+    rollouts, scores, _, prompts = world.roll(0)
+    metrics = world.learner.generator_phase(0, rollouts, scores, prompts, world.prompts)
+    assert "entropy" not in metrics and metrics["back_offs"] == 0
+    assert all(torch.equal(before[name], value) for name, value in world.learner.model.heads.state_dict().items())

@@ -132,6 +132,15 @@ def test_a_drawn_step_has_the_weight_of_those_left_out():
             torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
+def test_the_entropy_that_is_watched_is_of_all_steps_whichever_are_drawn():
+    found = []
+    for changes in ({}, {"replay_steps": 1}):
+        world = World(grpo_with(ALL, **PLAIN, **changes))
+        rollouts, scores, _, prompts = world.roll(0)
+        found.append(world.learner.generator_phase(0, rollouts, scores, prompts, world.prompts)["entropy"])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_stale_rollout_is_weighted_by_its_truncated_likelihood_ratio(replay):
     """Against a slow loop at the weights of the phase's start; a fresh one has weights of 1."""

@@ -59,12 +59,11 @@ def test_parts_cover_each_action_once_with_its_own_data(kind):
 
 
 def head_gradient(model, reference, parts, weights):
-    """Of a loss that uses all three values, one backward per part."""
+    """Of a loss that uses both values, one backward per part."""
     model.zero_grad(set_to_none=True)
     for part in parts:
-        logprobs, kl, spread = action_values(model, reference, part)
-        w = weights[part.index]
-        ((w * (logprobs + kl)).sum() + (w[: len(spread)] * spread).sum()).backward()
+        logprobs, kl = action_values(model, reference, part)
+        (weights[part.index] * (logprobs + kl)).sum().backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()
                       if p.requires_grad])
 
@@ -92,7 +91,7 @@ def test_small_tables_change_no_gradient():
     sliced = action_values(model, reference, part, table=100)
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    left, right = (gradient(model, logprobs.sum() + 2 * spread.sum()) for logprobs, _, spread in (whole, sliced))
+    left, right = (gradient(model, logprobs.sum() + 2 * kl.sum()) for logprobs, kl in (whole, sliced))
     assert relative(right, left) < 1e-12
     torch.testing.assert_close(part_logprobs(model, part, table=100), whole[0].detach(), rtol=1e-12, atol=1e-12)
 
@@ -116,9 +115,8 @@ def test_a_replayed_trunk_gets_the_gradient_of_one_backward_through_all_steps(ki
     model.zero_grad(set_to_none=True)
     total = 0.0
     for part in split(replayed, 0):  # all graphs at once
-        logprobs, kl, spread = action_values(model, reference, part)
-        w = weights[part.index]
-        total = total + (w * (logprobs + kl)).sum() + (w[: len(spread)] * spread).sum()
+        logprobs, kl = action_values(model, reference, part)
+        total = total + (weights[part.index] * (logprobs + kl)).sum()
     total.backward()
     whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()
                        if p.requires_grad])
