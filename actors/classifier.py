@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.pretrainer import CRITIC_STREAM, VALIDATION_SEED, Pretrainer, rows_at_once
-from grpo.checkpoint import load_checkpoint, load_into, load_model, load_tokenizer
+from grpo.checkpoint import find_checkpoint, load_checkpoint, load_into, load_model, load_tokenizer
+from grpo.completion import load_remasking_model
 from grpo.config import Config
+from grpo.config_file import from_dict
 from grpo.corruption import mask_only, stratified_rows
 from grpo.critic import fill_masks
 from grpo.data import Batch
 from grpo.denoise import denoise
+from grpo.mask_bias import saved_bias
 from grpo.metrics import auroc, weighted_sum
 from grpo.model import GPT
 from grpo.tokenizer import Tokenizer
@@ -37,7 +39,7 @@ class Teacher:
     """A frozen generator and how it fills text."""
 
     def __init__(self, path: str, tokenizer: Tokenizer, device: str) -> None:
-        folder = Path(path).expanduser()
+        folder = find_checkpoint(path, "pretrain.teacher")
         checkpoint = load_checkpoint(folder)
         self.trunk = {name: value for name, value in checkpoint.tensors.items() if name.startswith("trunk.")}
         self.model = load_model(folder, device=device).eval().requires_grad_(False)
@@ -45,7 +47,7 @@ class Teacher:
             raise ValueError(f"pretrain.teacher={path} is no masked-diffusion generator: give the checkpoint of one")
         if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
             raise ValueError(f"pretrain.teacher={path} reads other tokens than the data: set data.tokenizer to its own")
-        self.mask_bias = float((checkpoint.state or {}).get("mask_bias", {}).get("bias", 0.0))
+        self.mask_bias = saved_bias(checkpoint.state, from_dict(checkpoint.config).mask_bias)
 
     @torch.no_grad()
     def fill(self, tokens: Tensor, attention_mask: Tensor, seeds: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,9 @@ class Teacher:
         filled = fill_masks(blank.inputs, logits, vocabulary=vocabulary, seeds=seeds)
         return filled, filled != tokens
 
-    def continue_(self, tokens: Tensor, attention_mask: Tensor, seeds: Tensor, config: Config) -> Tensor:
+    def continue_(
+        self, tokens: Tensor, attention_mask: Tensor, seeds: Tensor, config: Config, remasking_model: GPT | None
+    ) -> Tensor:
         """[B, T] the rows' first `grpo.prompt_tokens` tokens, and what the teacher denoises after them."""
         settings = config.denoise
         after = torch.arange(tokens.shape[1], device=tokens.device) >= config.grpo.prompt_tokens
@@ -75,6 +79,7 @@ class Teacher:
             sampler=settings.sampler,
             min_neighbors_ratio=config.sampler.min_neighbors_ratio,
             mask_bias=self.mask_bias,
+            remasking_model=remasking_model,
         )
 
 
@@ -161,7 +166,7 @@ class SequenceScorer(Pretrainer):
 
     def __init__(self, model: GPT, config: Config, teacher: Teacher, **distribution: Any) -> None:
         super().__init__(model, config, **distribution)
-        self.teacher = teacher
+        self.teacher, self.remasking_model = teacher, load_remasking_model(config.denoise, device=self.device)
         if config.denoise.sampler and "sampler" not in teacher.model.heads:
             raise ValueError(f"denoise.sampler is true, but pretrain.teacher={config.pretrain.teacher} has no sampler")
 
@@ -172,7 +177,7 @@ class SequenceScorer(Pretrainer):
 
     def _texts(self, tokens: Tensor, attention_mask: Tensor, rows: Tensor, seeds: Tensor) -> Texts:
         natural = rows % 2 == 0
-        written = self.teacher.continue_(tokens, attention_mask, seeds, self.config)
+        written = self.teacher.continue_(tokens, attention_mask, seeds, self.config, self.remasking_model)
         after = torch.arange(tokens.shape[1], device=tokens.device) >= self.config.grpo.prompt_tokens
         return Texts(torch.where(natural[:, None], tokens, written), attention_mask, attention_mask & after, natural)
 

@@ -80,15 +80,15 @@ def _advantages(
         by_text = by_text + weight * group_advantages(own.unflatten(0, (-1, size))).flatten()
         rewards = rewards + weight * own[:, None] * mask
         figure = f"rewards/{name.replace(':', '.')}"
-        sums |= {figure: weighted_sum(own, ones), f"{figure}_square": weighted_sum(own.square(), ones)}
+        sums |= {figure: weighted_sum(own, ones), f"{figure}/square": weighted_sum(own.square(), ones)}
     per_text = rewards.sum(-1) / mask.sum(-1).clamp(min=1)
     groups = rewards.unflatten(0, (-1, size))
     num_groups = torch.tensor(float(len(groups)), device=mask.device)
     return by_token, by_text, sums | {
         "reward": weighted_sum(per_text, ones),
-        "reward_square": weighted_sum(per_text.square(), ones),
+        "reward/square": weighted_sum(per_text.square(), ones),
         "completion_length": weighted_sum(mask.sum(-1), ones),
-        "advantage_square": weighted_sum((by_token + by_text[:, None]).square(), mask),
+        "advantage/square": weighted_sum((by_token + by_text[:, None]).square(), mask),
         "zero_spread_groups": torch.stack([equal_groups(groups).double(), num_groups.double()]),
     }
 

@@ -168,7 +168,7 @@ class Discriminator:
         return reduced_means(sums, self.all_reduce) | {"reward_steps": steps}
 
     def steer(self, accuracy: float) -> None:
-        """Choose the next round's reward steps by the held-out accuracy."""
+        """Choose how many reward steps follow, by the held-out accuracy."""
         settings = self.config.reward
         self.num_steps = reward_steps(
             self.num_steps,

@@ -349,6 +349,6 @@ class Learner:
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, float]:
         values = reduced_means(sums, self.all_reduce)
-        for name in [name.removesuffix("_square") for name in values if name.endswith("_square")]:
-            values[f"{name}_std"] = max(0.0, values.pop(f"{name}_square") - values.get(name, 0.0) ** 2) ** 0.5
+        for name in [name.removesuffix("/square") for name in values if name.endswith("/square")]:
+            values[f"{name}_std"] = max(0.0, values.pop(f"{name}/square") - values.get(name, 0.0) ** 2) ** 0.5
         return values

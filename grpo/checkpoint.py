@@ -82,6 +82,8 @@ def save_checkpoint(
     if tokenizer is not None:
         (temporary / "tokenizer").mkdir()
         tokenizer.save(temporary / "tokenizer")
+    for name in (MODEL, TRAINING):  # safetensors makes them their owner's alone
+        (temporary / name).chmod((temporary / DESCRIPTION).stat().st_mode)
     write_manifest(temporary)
     for path in (*temporary.rglob("*"), temporary):
         _flush(path)
@@ -216,10 +218,37 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(root: str | Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what an interrupted save left behind."""
-    for folder in (*_checkpoints(root)[:-keep], *Path(root).glob(".step-*")):
-        shutil.rmtree(folder)
+def find_checkpoint(path: str | Path, key: str) -> Path:
+    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint.
+
+    Args:
+        key: the option that holds the path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(path).expanduser()
+    for finished in (folder, folder / "final", folder / "best"):
+        if (finished / MANIFEST).is_file():
+            return finished
+    for root in (folder, folder / "checkpoints"):
+        newest = latest_checkpoint(root) if root.is_dir() else None
+        if newest is not None:
+            return newest
+    raise ValueError(f"{key} {path}: no checkpoint there; give a checkpoint's folder or that of its run")
+
+
+def prune_checkpoints(root: str | Path, keep: int, step: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what an interrupted save left behind.
+
+    Args:
+        step: of the checkpoint just saved. One of a later step is damaged: the run went on from before it.
+    """
+    newest = checkpoint_folder(root, step)
+    kept = [folder for folder in _checkpoints(root) if folder.name <= newest.name][-keep:]
+    for folder in (*_checkpoints(root), *Path(root).glob(".step-*")):
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def verify_checkpoint(folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Continue prompts of natural text, whichever kind of generator, for evaluation.
+"""Continue prompts of natural text, whichever kind of generator, with what its settings ask for.
 
 1. A row's noise belongs to its index, so the number of rows at once changes no text.
 2. A row keeps its natural length; pads stay pads.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo.autoregress import generate
+from grpo.checkpoint import find_checkpoint, load_model
 from grpo.config import DenoiseSection
 from grpo.data import Batch
 from grpo.denoise import denoise
@@ -18,6 +19,22 @@ from grpo.noise import row_seeds
 
 EVALUATION_STREAM = 31
 """Noise stream of evaluations (see `grpo.noise.row_seeds`)."""
+
+
+def load_remasking_model(settings: DenoiseSection, *, device: str | torch.device = "cpu") -> GPT | None:
+    """The stand-alone classifier of `denoise.remasking_model`, in eval mode; None where the policy asks for none.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of something else.
+    """
+    if not settings.remasking_model or settings.remasking not in ("auto", "model"):
+        return None
+    model = load_model(find_checkpoint(settings.remasking_model, "denoise.remasking_model"), device=device).eval()
+    if model.mode != "token_classifier":
+        raise ValueError(
+            f"denoise.remasking_model {settings.remasking_model} is a {model.mode}: give that of a token_classifier"
+        )
+    return model
 
 
 @torch.no_grad()

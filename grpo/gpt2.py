@@ -29,6 +29,8 @@ REQUIRED = {
     "add_cross_attention": False,
 }
 """Settings that change the computation; a file without one means this value."""
+SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+"""Settings that a file must have."""
 NAMES = {
     "ln_1": "attention_norm",
     "attn.c_attn": "attention.qkv",
@@ -80,6 +82,9 @@ def load_gpt2(folder: str | Path) -> GPT:
 
 
 def _check(folder: Path, config: dict[str, Any]) -> None:
+    missing = [key for key in SHAPE if not isinstance(config, dict) or not isinstance(config.get(key), int)]
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} is no GPT-2's: it gives no number for {', '.join(missing)}")
     for key, needed in REQUIRED.items():
         if config.get(key, needed) != needed:
             raise ValueError(f"{folder / 'config.json'}: {key} must be {needed!r}, got {config[key]!r}")

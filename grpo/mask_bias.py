@@ -17,11 +17,19 @@ P(MASK) above the target lowers the bias.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from grpo.config import MaskBiasSection
 from grpo.tokenizer import Vocabulary
+
+
+def saved_bias(state: Any, settings: MaskBiasSection) -> float:
+    """The bias in a checkpoint's training state; the controller's first one where it never had a controller."""
+    saved = state.get("mask_bias") if isinstance(state, dict) else None
+    return float((saved or {}).get("bias", settings.initial))
 
 
 def apply_mask_bias(logits: Tensor, bias: Tensor | float, vocabulary: Vocabulary) -> Tensor:

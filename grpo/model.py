@@ -110,6 +110,8 @@ class GPT(nn.Module):
         if isinstance(head, tuple):
             for name in head:
                 self._require(name)
+                if name == "reward":
+                    raise ValueError("the reward head reads features of its own: ask for it alone")
             hidden = self.encode(tokens, attention_mask)
             return {name: self._route(name, hidden, tokens, attention_mask, positions) for name in head}
         head = head or MODES[self.mode]

@@ -121,6 +121,6 @@ def dense_rewards(
 def reward_steps(
     current: int, accuracy: float, *, band_low: float, band_high: float, min_steps: int, max_steps: int
 ) -> int:
-    """Reward steps of the next round: one more below the accuracy band, one fewer above it."""
+    """How many reward steps follow: one more below the accuracy band, one fewer above it."""
     wanted = current + (accuracy < band_low) - (accuracy > band_high)
     return min(max(wanted, min_steps), max_steps)

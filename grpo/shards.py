@@ -7,7 +7,7 @@ with one list column of tokens. A row is a document (layout `documents`), or a r
    the rank of their keyed hash, so that all splits share one distribution and their shares are exact. Neighbouring
    chunks of one split form one run; a window never leaves its run, so no window holds text of another split.
 2. Equal documents of one segment share a hash, hence a split; a chunk's hash holds its number too, so that a corpus
-   that repeats itself still splits. Validation does not depend on judge_fraction.
+   that repeats itself still splits.
 3. In layout `documents` only the first `block_size` tokens of a document are kept; `truncated` counts such documents.
 4. A folder is written below a temporary name, synced and renamed: half a dataset is never read.
 """

@@ -78,21 +78,24 @@ def list_files(source: str) -> list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]:
     Raises:
         ValueError: there is none.
     """
-    literal = "://" not in source and Path(source).expanduser().exists()
+    literal = "://" not in source and _expanded(source).exists()
     wildcard = None if literal else re.search(r"[*?\[]", source)
     base = source if wildcard is None else source[: source.rfind("/", 0, wildcard.start()) + 1]
     try:
         if "://" in source:
             filesystem, path = pa.fs.FileSystem.from_uri(base)
         else:
-            filesystem, path = pa.fs.LocalFileSystem(), str(Path(base or ".").expanduser().resolve())
+            filesystem, path = pa.fs.LocalFileSystem(), str(_expanded(base or ".").resolve())
         info = filesystem.get_file_info(path)
         if info.type == pa.fs.FileType.File:
             return [(info, filesystem)]
         found = filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"data.source: cannot open {source} ({_first_line(error)}): check the path or URI") from error
-    pattern = re.compile(".*" if wildcard is None else _glob_regex(source[len(base):]), re.DOTALL)
+    try:
+        pattern = re.compile(".*" if wildcard is None else _glob_regex(source[len(base):]), re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"data.source: {source} is no glob ({error}): mend what stands in brackets") from error
     chosen = []
     for info in found:
         relative = PurePosixPath(info.path).relative_to(PurePosixPath(path))
@@ -101,6 +104,13 @@ def list_files(source: str) -> list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]:
     if not chosen or not source:
         raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
     return sorted(chosen, key=lambda pair: pair[0].path)
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"data.source: {path} begins with the name of no user here: give the whole path") from error
 
 
 def source_digests(source: str) -> list[dict[str, str]]:
@@ -170,7 +180,7 @@ def _read_jsonl(part: Part, text_column: str, separator: str) -> Iterator[str]:
         where = f"{part.path}, line {number}" + (f" after byte {offset}" if offset else "")
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}): write one object per line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where} holds a JSON {type(record).__name__}: write one object per line")
@@ -261,17 +271,21 @@ def _read_arrow(part: Part, text_column: str, separator: str) -> Iterator[str]:
 
 
 def _read_csv(part: Part, text_column: str, separator: str) -> Iterator[str]:
+    read = pa.csv.ReadOptions(block_size=PART_BYTES)  # no row may be longer
     parse = pa.csv.ParseOptions(delimiter="\t" if part.path.lower().endswith(".tsv") else ",", newlines_in_values=True)
     try:
         with _open(part) as file:
-            names = pa.csv.open_csv(file, parse_options=parse).schema.names
+            names = pa.csv.open_csv(file, read_options=read, parse_options=parse).schema.names
         if text_column not in names:
             raise ValueError(_no_column(part.path, text_column, names))
         convert = pa.csv.ConvertOptions(include_columns=[text_column], column_types={text_column: pa.string()})
         with _open(part) as file:
-            for batch in pa.csv.open_csv(file, parse_options=parse, convert_options=convert):
+            for batch in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):
                 yield from _texts(part, text_column, batch.column(0))
     except (OSError, pa.ArrowException) as error:
+        if "straddling" in str(error):
+            raise ValueError(f"{part.path} holds a row of more than {PART_BYTES >> 20} MB: cut it into several, or "
+                             "write it as JSONL") from error
         raise ValueError(_damaged(part, "CSV", error)) from error
 
 

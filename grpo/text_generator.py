@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from grpo.checkpoint import load_checkpoint, load_model, load_tokenizer
-from grpo.completion import complete
+from grpo.completion import complete, load_remasking_model
 from grpo.config_file import from_dict
 from grpo.data import Batch
+from grpo.mask_bias import saved_bias
 
 
 class TextGenerator(nn.Module):
@@ -28,9 +29,8 @@ class TextGenerator(nn.Module):
         self.model, self.tokenizer = load_model(checkpoint).eval(), load_tokenizer(checkpoint)
         self.settings, self.block_size = config.denoise, config.data.block_size
         self.min_neighbors_ratio = config.sampler.min_neighbors_ratio
-        self.mask_bias = float(((found.state or {}).get("mask_bias") or {}).get("bias", config.mask_bias.initial))
-        stand_alone = config.denoise.remasking_model
-        self.remasking_model = load_model(stand_alone).eval() if stand_alone else None
+        self.mask_bias = saved_bias(found.state, config.mask_bias)
+        self.remasking_model = load_remasking_model(config.denoise)
 
     def forward(self, prompt: str, *, num: int = 1, length: int = 0, seed: int = 0) -> list[str]:
         """Texts that begin with the prompt.

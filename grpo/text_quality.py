@@ -253,7 +253,8 @@ def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor |
 
 
 def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: Tensor,
-                   judge: Callable[[Tensor], float], mask: Tensor | None = None, places: Tensor | None = None,
+                   judge: Callable[[Tensor], float], mask: Tensor | None = None, natural_mask: Tensor | None = None,
+                   held_out_mask: Tensor | None = None, places: Tensor | None = None,
                    seed: int = 0) -> dict[str, object]:
     """Every measure of one set of generated texts; a table's natural row passes other natural text as generated.
 
@@ -261,14 +262,17 @@ def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: 
         natural, generated: [B, T] int64, prompts included; only positions from `start` on are measured.
         held_out: [B', T'] int64, text for n-gram frequencies that is in neither.
         judge: nats per completion token of whole rows [B, T] (`judge_nll` of an independent model).
-        mask: [B, T] bool, shared by natural and generated, or None.
+        mask: [B, T] bool, of generated, or None; natural_mask: of natural where that is another. They are told apart
+            where both are real.
+        held_out_mask: [B', T'] bool, or None.
         places: [B] or [2, B] int64, where in the corpus the texts stand, or None (see `c2st`).
 
     Returns:
         judge_nll, entropy, distinct_4, self_bleu, c2st, c2st_ci95 ([low, high]) and ngram_js; all fit for JSON.
     """
     texts, real = generated[:, start:], None if mask is None else mask[:, start:]
-    accuracy, interval = c2st(natural[:, start:], texts, seed=seed, mask=real, places=places)
+    both = real if natural_mask is None else natural_mask[:, start:] if real is None else natural_mask[:, start:] & real
+    accuracy, interval = c2st(natural[:, start:], texts, seed=seed, mask=both, places=places)
     return {
         "judge_nll": judge(generated),
         "entropy": token_entropy(texts, real),
@@ -276,7 +280,7 @@ def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: 
         "self_bleu": self_bleu(texts, 4, real),
         "c2st": accuracy,
         "c2st_ci95": list(interval),
-        "ngram_js": ngram_js(texts, held_out, 3, real),
+        "ngram_js": ngram_js(texts, held_out, 3, real, held_out_mask),
     }
 
 
@@ -287,8 +291,8 @@ class MatchedTemperature(NamedTuple):
 
 
 def temperature_matching_entropy(generate_at: Callable[[float], Tensor], target_entropy: float, *,
-                                 tolerance: float = 0.01, low: float = 0.2, high: float = 2.0,
-                                 max_calls: int = 12) -> MatchedTemperature:
+                                 mask: Tensor | None = None, tolerance: float = 0.01, low: float = 0.2,
+                                 high: float = 2.0, max_calls: int = 12) -> MatchedTemperature:
     """The temperature at which generated text has the token entropy of another model's text.
 
     Bisection whose first guess is temperature 1 and whose later ones are interpolated, kept off the bracket's ends by a
@@ -297,7 +301,7 @@ def temperature_matching_entropy(generate_at: Callable[[float], Tensor], target_
 
     Args:
         generate_at: completions [B, T] int64 at a temperature, the same noise at each, so that entropy rises smoothly.
-        target_entropy: nats. tolerance: relative.
+        target_entropy: nats. mask: [B, T] bool, True at real tokens, or None. tolerance: relative.
         max_calls: most calls of `generate_at`.
 
     Returns:
@@ -307,7 +311,7 @@ def temperature_matching_entropy(generate_at: Callable[[float], Tensor], target_
     guess, best = min(max(1.0, low), high), None
     for _ in range(max_calls):
         tokens = generate_at(guess)
-        entropy = token_entropy(tokens)
+        entropy = token_entropy(tokens, mask)
         if best is None or abs(entropy - target_entropy) < abs(best.entropy - target_entropy):
             best = MatchedTemperature(guess, entropy, tokens)
         out_of_range = guess == (high if entropy < target_entropy else low)

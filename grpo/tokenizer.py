@@ -74,11 +74,6 @@ class Tokenizer:
             return np.frombuffer(_scalar_values(text).encode(), dtype=np.uint8)
         return self._encoding.encode_to_numpy(_scalar_values(text), disallowed_special=())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._plain_bytes:
-            return [self.encode(text) for text in texts]
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=2)
-
     def decode(self, ids: Iterable[int], mask_text: str = "\u2588") -> str:
         """Text of token ids (a list, an array or a tensor).
 

@@ -34,12 +34,13 @@ from torch import Tensor
 
 from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
-from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint, verify_checkpoint
-from grpo.completion import complete
+from grpo.checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
+from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
-from grpo.data import open_dataset, window_places, windows
+from grpo.data import Batch, open_dataset, window_places, windows
+from grpo.mask_bias import saved_bias
 from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
@@ -82,17 +83,15 @@ class Setting:
         self.natural = windows(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         self.places = window_places(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         other = windows(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)
-        self.other, self.held_out = other.tokens[:num], other.tokens[num:, self.start :]
+        self.other, self.held_out = (
+            Batch(other.tokens[rows], other.attention_mask[rows]) for rows in (slice(num), slice(num, None))
+        )
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
         self.judge = load_model(judge).eval()
-        self.mask_bias = config.mask_bias.initial
-        self.remasking_model = None
-        if config.denoise.remasking == "model":
-            self.remasking_model = load_model(config.denoise.remasking_model).eval()
         if checkpoint is not None:
             self.model = load_model(checkpoint).eval()
-            state = load_checkpoint(checkpoint).state or {}
-            self.mask_bias = state.get("mask_bias", {}).get("bias", self.mask_bias)
+            self.mask_bias = saved_bias(load_checkpoint(checkpoint).state, config.mask_bias)
+            self.remasking_model = load_remasking_model(config.denoise)
 
     def texts(self, temperature: float) -> Tensor:
         """[B, T] completions of the evaluation prompts."""
@@ -107,15 +106,22 @@ class Setting:
             remasking_model=self.remasking_model,
         )
 
-    def report(self, texts: Tensor, beside: Tensor, places: Tensor) -> dict[str, Any]:
+    @property
+    def mask(self) -> Tensor:
+        """[B, T - P] bool, tokens of completions that are no pads."""
+        return self.natural.attention_mask[:, self.start :]
+
+    def report(self, texts: Tensor, beside: Batch, places: Tensor) -> dict[str, Any]:
         """Figures of `texts`, told apart from `beside`; places of texts in the corpus as `c2st` wants them."""
-        mask = None if bool(self.natural.attention_mask.all()) else self.natural.attention_mask
+        mask = self.natural.attention_mask
         return quality_report(
-            beside,
+            beside.tokens,
             texts,
             start=self.start,
-            held_out=self.held_out,
+            held_out=self.held_out.tokens[:, self.start :],
             mask=mask,
+            natural_mask=beside.attention_mask,
+            held_out_mask=self.held_out.attention_mask[:, self.start :],
             places=places,
             judge=lambda tokens: judge_nll(self.judge, tokens, self.start, mask),
         )
@@ -147,17 +153,20 @@ def measure(
     temperature = config.denoise.temperature
     if match_entropy is not None:
         temperature, *_ = temperature_matching_entropy(
-            lambda t: setting.texts(t)[:, setting.start :], match_entropy, tolerance=ENTROPY_TOLERANCE
+            lambda t: setting.texts(t)[:, setting.start :],
+            match_entropy,
+            mask=setting.mask,
+            tolerance=ENTROPY_TOLERANCE,
         )
     started = time.perf_counter()
     texts = setting.texts(temperature)
-    tokens_per_s = texts[:, setting.start :].numel() / (time.perf_counter() - started)
+    tokens_per_s = int(setting.mask.sum()) / (time.perf_counter() - started)
     decode = setting.data.tokenizer.decode
     samples = [
         [decode(row[: setting.start].tolist()), decode(row[setting.start :].tolist())] for row in texts[:SAMPLES_SHOWN]
     ]
     row = {
-        **setting.report(texts, setting.natural.tokens, setting.places),
+        **setting.report(texts, setting.natural, setting.places),
         "temperature": temperature,
         "tokens_per_s": tokens_per_s,
         "samples": samples,
@@ -220,8 +229,7 @@ def measure_grid(
     rows = []
     for task, (name, denoise) in tasks.items():
         causal = models[name].trunk.causal
-        classifier = models[name] if denoise.remasking == "model" else None
-        policy = "none" if causal else resolve_policy(denoise.remasking, models[name], classifier)
+        policy = "none" if causal else resolve_policy(denoise.remasking, models[name], load_remasking_model(denoise))
         what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
         length = config.data.block_size - config.grpo.prompt_tokens
         rows.append({"model": name, **what, "nfe": length if causal else forwards(denoise, policy), **done[task]})
@@ -231,12 +239,12 @@ def measure_grid(
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     import ray
 
-    from pipelines.sample import find_checkpoint, resolve_config
+    from pipelines.sample import resolve_config
 
-    checkpoints = {"model": find_checkpoint(args.checkpoint)}
+    checkpoints = {"model": find_checkpoint(args.checkpoint, "--checkpoint")}
     config = resolve_config(load_checkpoint(checkpoints["model"]), config, args)
     if args.base:
-        checkpoints["base"] = find_checkpoint(args.base)
+        checkpoints["base"] = find_checkpoint(args.base, "--base")
     name = args.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
     folder = Path(config.run.output).absolute() / name
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,8 @@ import torch
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
-from grpo.checkpoint import load_checkpoint, load_model
+from grpo.checkpoint import find_checkpoint, load_checkpoint, load_model
+from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
@@ -54,7 +55,6 @@ from pipelines.progress import Display, follow, start_board, stop_on_signals
 from pipelines.ranks import beside_main_thread
 from pipelines.rollouts import Job
 from pipelines.rounds import newest_round, worker_loop
-from pipelines.sample import find_checkpoint
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")
@@ -142,7 +142,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
     judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
-    base = find_checkpoint(config.grpo.base) if config.grpo.base else pretrain(config, display=display)
+    base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
     if shape.vocabulary != open_dataset(dataset).vocabulary or shape.block_size != config.data.block_size:
         raise ValueError(
@@ -201,8 +201,10 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     blueprint = Blueprint(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
     )
-    classifier = find_checkpoint(config.denoise.remasking_model) if config.denoise.remasking_model else None
-    remasking = resolve_policy(config.denoise.remasking, base, classifier and load_model(classifier))
+    remasking = resolve_policy(config.denoise.remasking, base, load_remasking_model(config.denoise))
+    classifier = config.denoise.remasking_model if remasking == "model" else ""
+    if classifier:
+        classifier = str(find_checkpoint(classifier, "denoise.remasking_model").absolute())
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
     trunk = trunk or publish(base.trunk.state_dict())
@@ -219,7 +221,7 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
         "min_neighbors_ratio": config.sampler.min_neighbors_ratio,
         "seed": config.run.seed,
         "lm_residual": grpo.residual,
-        "remasking_model": str(classifier) if remasking == "model" else "",
+        "remasking_model": classifier,
         "trainable": Trainable.of(grpo),
     }
     scored = {"functions": tuple(grpo.rewards), "tokenizer": open_dataset(paths.dataset).tokenizer}

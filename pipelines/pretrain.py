@@ -33,6 +33,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from grpo.checkpoint import find_checkpoint
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
@@ -92,7 +93,9 @@ def what_decides(config: Config, dataset: Path) -> dict[str, Any]:
         names += ["denoise"]
         values |= {"reward": {"pooling": config.reward.pooling}, "grpo": {"prompt_tokens": config.grpo.prompt_tokens}}
     if config.pretrain.mode != "generator":
-        settings["teacher"] = config_hash((Path(config.pretrain.teacher) / "manifest.json").read_text(encoding="utf-8"))
+        settings["teacher"] = config_hash(
+            (find_checkpoint(config.pretrain.teacher, "pretrain.teacher") / "manifest.json").read_text(encoding="utf-8")
+        )
     return {**values, "pretrain": settings, **{name: sections[name] for name in names}}
 
 

@@ -150,7 +150,7 @@ def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
         if ranks.rank == 0:
             save(checkpoint_folder(job.folder / "checkpoints", step), optimizer=trainer.tensors(), sums=sums,
                  read_at=read_at)
-            prune_checkpoints(job.folder / "checkpoints", KEEP)
+            prune_checkpoints(job.folder / "checkpoints", KEEP, step)
 
     while step < settings.steps:
         if _all_stop(report(step, figures), ranks, step % settings.log_every == 0):

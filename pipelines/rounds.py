@@ -126,7 +126,7 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
                 tokenizer=tokenizer,
                 state=state,
             )
-            prune_checkpoints(job.folder / "checkpoints", grpo.keep)
+            prune_checkpoints(job.folder / "checkpoints", grpo.keep, done)
 
     while done < total and not stop:
         round, clock = done, Clock()
@@ -160,14 +160,17 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
         published = publish(newest_heads(learner, round + 1), ranks)
         clock.lap("publish")
         done = round + 1
-        completions = _on_rank_0(torch.cat([rollout.tokens[:, grpo.prompt_tokens :] for rollout in rollouts]), ranks)
+        written = [torch.stack([r.tokens, r.completion_mask])[:, :, grpo.prompt_tokens :] for r in rollouts]
+        written = _on_rank_0(torch.cat(written, 1), ranks)
         if ranks.rank == 0:
-            texts = torch.cat(completions)
+            texts, real = torch.cat(written, 1)
+            real = real.bool()
+            if int(real.sum(1).max()) >= 4:
+                metrics["distinct_4"] = distinct_n(texts, 4, real)
             metrics |= {
-                "distinct_4": distinct_n(texts, 4),
                 "staleness": float(version - rollouts[0].policy_version),
                 "policy_version": rollouts[0].policy_version,
-                "tokens_per_s": texts.numel() / clock.total(),
+                "tokens_per_s": int(real.sum()) / clock.total(),
                 "time/learner_idle": idle / clock.total(),
                 **clock.seconds,
             }

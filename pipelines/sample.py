@@ -34,10 +34,12 @@ from rich.text import Text
 from torch import Tensor
 
 from grpo.autoregress import generate
-from grpo.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, load_model, load_tokenizer
+from grpo.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model, load_tokenizer
+from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import config_hash, from_dict, load_config, save_config
 from grpo.denoise import StepRecord, denoise
+from grpo.mask_bias import saved_bias
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
@@ -49,23 +51,6 @@ SAMPLE_STREAM = 41
 """Keeps this pipeline's noise apart from that of rollouts and evaluation."""
 START = "\n"
 """What a causal model continues when no prompt is given."""
-
-
-def find_checkpoint(path: str) -> Path:
-    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = Path(path)
-    for finished in (folder, folder / "final", folder / "best"):
-        if (finished / "manifest.json").is_file():
-            return finished
-    for root in (folder, folder / "checkpoints"):
-        newest = latest_checkpoint(root) if root.is_dir() else None
-        if newest is not None:
-            return newest
-    raise ValueError(f"--checkpoint {path}: no checkpoint there; give a checkpoint's folder or that of its run")
 
 
 def resolve_config(checkpoint: Checkpoint, given: Config, args: argparse.Namespace) -> Config:
@@ -124,7 +109,7 @@ def write(
         return texts, None
     masked = prompt.new_full((args.num, length), tokenizer.vocabulary.mask_id)
     masked[:, : len(prompt)] = prompt
-    remasking_model = load_model(settings.remasking_model, device=device).eval() if settings.remasking_model else None
+    remasking_model = load_remasking_model(settings, device=device)
     policy = resolve_policy(settings.remasking, model, remasking_model)
     recorder = Recorder(tokenizer, settings.steps) if args.live or args.html else None
     with shown(recorder, console, args.delay) if args.live else contextlib.nullcontext(recorder) as on_step:
@@ -137,17 +122,11 @@ def write(
     return texts, recorder
 
 
-def mask_bias_of(checkpoint: Checkpoint, config: Config) -> float:
-    """The controller's last bias; its first one in a checkpoint that never had a controller."""
-    state = checkpoint.state if isinstance(checkpoint.state, dict) else {}
-    return float((state.get("mask_bias") or {}).get("bias", config.mask_bias.initial))
-
-
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Write the texts, show them, and leave them in the run's folder."""
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
-    folder = find_checkpoint(args.checkpoint)
+    folder = find_checkpoint(args.checkpoint, "--checkpoint")
     checkpoint = load_checkpoint(folder)
     config = resolve_config(checkpoint, config, args)
     tokenizer = load_tokenizer(folder)
@@ -160,8 +139,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     console = Console()
     prompt = prompt_tokens(args.prompt, tokenizer, args.length or config.data.block_size).to(device)
     start = time.perf_counter()
-    texts, recorder = write(model, tokenizer, config, prompt, args, mask_bias=mask_bias_of(checkpoint, config),
-                            console=console)
+    mask_bias = saved_bias(checkpoint.state, config.mask_bias)
+    texts, recorder = write(model, tokenizer, config, prompt, args, mask_bias=mask_bias, console=console)
     seconds = time.perf_counter() - start
 
     texts = texts.cpu()

@@ -33,7 +33,7 @@ from dataclasses import replace
 from typing import Any
 
 from actors.trunk_store import publish
-from grpo.checkpoint import load_model
+from grpo.checkpoint import find_checkpoint, load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict, with_values
 from grpo.config_sweep import SweepSection
@@ -45,7 +45,6 @@ from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_
 from pipelines.pretrain_loop import read_curve
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import beside_main_thread
-from pipelines.sample import find_checkpoint
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.trial import Shared, Trial, read_trial, trial_folder
@@ -138,7 +137,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
     base = trunk = None
     if config.grpo.base or not _decides_of_pretraining(config, dataset):
-        base = find_checkpoint(config.grpo.base) if config.grpo.base else pretrain(config, display=display)
+        base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
         model = load_model(base)
         trunk, config = (publish(model.trunk.state_dict()),), replace(config, model=model.model)
     display.note("waiting for the judge")

@@ -152,7 +152,7 @@ def test_interrupted_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 1)
     assert same_tensors(load_model(latest_checkpoint(tmp_path)).state_dict(), first.state_dict())
-    prune_checkpoints(tmp_path, 1)
+    prune_checkpoints(tmp_path, 1, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -191,8 +191,23 @@ def test_no_checkpoint_is_none_and_a_wrong_folder_an_error(tmp_path):
 def test_pruning_keeps_the_newest(tmp_path):
     for step in (5, 40, 300):
         save_checkpoint(checkpoint_folder(tmp_path, step), make(), config={})
-    prune_checkpoints(tmp_path, 2)
+    prune_checkpoints(tmp_path, 2, 300)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000040", "step-00000300"]
+
+
+def test_pruning_never_keeps_a_damaged_checkpoint_for_one_that_followed(tmp_path):
+    for step in (5, 300):
+        save_checkpoint(checkpoint_folder(tmp_path, step), make(), config={})
+    (checkpoint_folder(tmp_path, 300) / checkpoints.MODEL).write_bytes(b"")
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 5)
+    save_checkpoint(checkpoint_folder(tmp_path, 6), make(), config={})
+    prune_checkpoints(tmp_path, 1, 6)
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 6) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_whoever_may_read_a_checkpoints_description_may_read_its_weights(tmp_path):
+    folder = save_checkpoint(tmp_path / "one", make(), config={})
+    assert len({path.stat().st_mode for path in folder.iterdir() if path.is_file()}) == 1
 
 
 def test_checkpoint_from_before_a_head_existed_names_it_as_fresh(tmp_path, caplog):

@@ -82,5 +82,5 @@ def test_each_reward_is_a_figure_of_its_own():
     _, sums = credits({NAME: score}, adversary=0.0, rewards={NAME: 2.0})
     mean = lambda name: (sums[name][0] / sums[name][1]).item()  # noqa: E731
     assert mean("rewards/my_module.score") == pytest.approx(score.mean().item(), rel=1e-5)
-    assert mean("rewards/my_module.score_square") == pytest.approx(score.square().mean().item(), rel=1e-5)
+    assert mean("rewards/my_module.score/square") == pytest.approx(score.square().mean().item(), rel=1e-5)
     assert mean("reward") == pytest.approx(2 * score.mean().item(), rel=1e-5) and "p_natural" not in sums

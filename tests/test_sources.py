@@ -100,6 +100,25 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, source):
     one_line_error(source, "data.source: (no file at|cannot open)")
 
 
+@pytest.mark.parametrize(
+    "source, message",
+    [("x[z-a].txt", "is no glob"), ("~nosuchuser/x.txt", "begins with the name of no user"),
+     ("deep.jsonl", "line 1 is not JSON")],
+)
+def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, source, message):
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    monkeypatch.chdir(tmp_path)
+    one_line_error(source, message)
+
+
+def test_a_row_of_a_csv_may_be_long_but_not_without_end(tmp_path, monkeypatch):
+    path = tmp_path / "long.csv"
+    path.write_text("id,text\n1," + "a" * 3_000_000 + "\n")
+    assert [len(text) for text in read_documents(str(path))] == [3_000_000]
+    monkeypatch.setattr("grpo.sources.PART_BYTES", 2**20)
+    one_line_error(path, "holds a row of more than 1 MB: cut it into several")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".arrow", ".ipc"])
 def test_wrong_column_lists_those_that_exist(tmp_path, suffix):
     path = write(tmp_path / f"corpus{suffix}", column="content")

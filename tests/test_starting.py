@@ -223,7 +223,7 @@ def prepared(ray_session, tmp_path_factory):
     (["data.tokenizer=cl100k_base"], "data.tokenizer=cl100k_base cannot be fetched: connect to the network once"),
     (["pretrain.eval_rows=100000"], "the validation split holds"),
     (["pretrain.mode=token_classifier"], "pretrain.teacher must be the path of a generator checkpoint"),
-    (["pretrain.mode=token_classifier", "pretrain.teacher=nowhere"], "nowhere is no checkpoint: it has no manifest"),
+    (["pretrain.mode=token_classifier", "pretrain.teacher=nowhere"], "pretrain.teacher nowhere: no checkpoint there"),
     (["pretrain.mode=token_classifier", "pretrain.teacher=small"], "expected shape [96, 96], found [16, 16]"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(prepared, tmp_path, overrides, message):

@@ -194,6 +194,28 @@ def test_report_measures_completions_only():
     assert report == quality_report(natural, generated, start=8, held_out=held_out, judge=lambda t: float(t.shape[1]))
 
 
+def test_report_is_blind_to_padding():
+    """Whatever stands at pads of the generated, the natural and the held-out texts."""
+    texts = {name: markov(60, 24, spread, seed) for seed, (name, spread) in
+             enumerate({"natural": 1.0, "generated": 0.8, "held_out": 1.0}.items())}
+    masks = {name: torch.arange(24) < torch.randint(14, 25, (60, 1), generator=torch.Generator().manual_seed(seed))
+             for seed, name in enumerate(texts)}
+    reports = [
+        quality_report(padded["natural"], padded["generated"], start=8, held_out=padded["held_out"],
+                       mask=masks["generated"], natural_mask=masks["natural"], held_out_mask=masks["held_out"],
+                       judge=lambda t: float(t[masks["generated"]].sum()))
+        for padded in ({name: text.masked_fill(~masks[name], pad) for name, text in texts.items()} for pad in (98, 99))
+    ]
+    assert reports[0] == reports[1]
+
+
+def test_matching_temperature_leaves_pads_out():
+    mask = torch.arange(24) < torch.randint(8, 25, (60, 1), generator=torch.Generator().manual_seed(0))
+    texts = markov(60, 24, 1.0, 0)
+    found = temperature_matching_entropy(lambda t: texts.masked_fill(~mask, 98), token_entropy(texts, mask), mask=mask)
+    assert found.temperature == 1.0 and found.entropy == token_entropy(texts, mask)
+
+
 @pytest.mark.parametrize("wanted", [0.55, 0.9, 1.0, 1.35])
 def test_matching_temperature_is_found_within_one_percent_in_few_calls(wanted):
     logits, calls = torch.linspace(0, 4, 20), []

@@ -31,15 +31,16 @@ def random_texts(count):
 
 @pytest.mark.parametrize("texts", [TEXTS, random_texts(20)], ids=["chosen", "random"])
 def test_every_string_of_scalar_values_round_trips(tokenizer, texts):
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        assert ids == tokenizer.encode(text) and tokenizer.decode(ids) == text
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
         assert all(0 <= i < tokenizer.vocabulary.base_size for i in ids)
         assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
 def test_lone_surrogates_become_replacement_characters(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
-    assert tokenizer.encode_batch(["\ud83d\ude00"])[0] == tokenizer.encode("\U0001f600")
+    assert tokenizer.encode("\ud83d\ude00") == tokenizer.encode("\U0001f600")
 
 
 def test_bpe_encoding_equals_merging_the_lowest_rank_first(documents):
