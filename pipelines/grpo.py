@@ -137,6 +137,9 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     """Data, base model and judge, each made once and cached; the config with the base model's own shape."""
     import ray
 
+    classifier = load_remasking_model(config.denoise)
+    if config.denoise.remasking != "auto":
+        _credits(config, config.denoise.remasking)
     start_ray()
     check_fits(config.cluster, config.grpo, ray.cluster_resources())
     display.note(f"data: {config.data.source}")
@@ -150,8 +153,22 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
             f"({shape.vocabulary.base_size} base tokens, {shape.block_size}) than this data "
             f"({open_dataset(dataset).vocabulary.base_size}, {config.data.block_size})"
         )
+    _credits(config, resolve_policy(config.denoise.remasking, shape, classifier))
     display.note("waiting for the judge")
     return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
+
+
+def _credits(config: Config, remasking: str) -> tuple[str, bool]:
+    """Which proposals are credited, and whether re-mask choices are.
+
+    Raises:
+        ValueError: what `grpo` asks for cannot be had under this policy.
+    """
+    grpo, denoise = config.grpo, config.denoise
+    return (
+        credited_tokens(grpo.policy_tokens, remasking, denoise.sampler),
+        credits_positions(grpo.policy_positions, remasking, denoise.randomness),
+    )
 
 
 def _train_and_measure(
@@ -205,6 +222,7 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     classifier = config.denoise.remasking_model if remasking == "model" else ""
     if classifier:
         classifier = str(find_checkpoint(classifier, "denoise.remasking_model").absolute())
+    policy_tokens, positions = _credits(config, remasking)
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
     trunk = trunk or publish(base.trunk.state_dict())
@@ -214,8 +232,8 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     rolling = {
         "settings": config.denoise,
         "remasking": remasking,
-        "policy_tokens": credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
-        "positions": credits_positions(grpo.policy_positions, remasking, config.denoise.randomness),
+        "policy_tokens": policy_tokens,
+        "positions": positions,
         "prompt_tokens": grpo.prompt_tokens,
         "group_size": grpo.group_size,
         "min_neighbors_ratio": config.sampler.min_neighbors_ratio,
