@@ -36,4 +36,4 @@ lint: install
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv .venv-peers runs build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.pretrainer import CRITIC_STREAM, VALIDATION_SEED, Pretrainer, rows_at_once
-from grpo.checkpoint import find_checkpoint, load_checkpoint, load_into, load_model, load_tokenizer
+from grpo.checkpoint import check_tokenizer, load_checkpoint, load_into, load_model
 from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import from_dict
@@ -32,6 +32,7 @@ from grpo.denoise import denoise
 from grpo.mask_bias import saved_bias
 from grpo.metrics import auroc, weighted_sum
 from grpo.model import GPT
+from grpo.run_checkpoints import find_checkpoint
 from grpo.tokenizer import Tokenizer
 
 
@@ -45,8 +46,7 @@ class Teacher:
         self.model = load_model(folder, device=device).eval().requires_grad_(False)
         if self.model.mode != "language_model" or self.model.trunk.causal:
             raise ValueError(f"pretrain.teacher={path} is no masked-diffusion generator: give the checkpoint of one")
-        if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"pretrain.teacher={path} reads other tokens than the data: set data.tokenizer to its own")
+        check_tokenizer(folder, tokenizer, "pretrain.teacher")
         self.mask_bias = saved_bias(checkpoint.state, from_dict(checkpoint.config).mask_bias)
 
     @torch.no_grad()

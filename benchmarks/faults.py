@@ -45,10 +45,11 @@ import psutil
 import torch
 
 from benchmarks.models import print_table, summarise
-from grpo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.config_file import load_config
 from grpo.data import open_dataset
 from grpo.model import GPT
+from grpo.run_checkpoints import latest_checkpoint
 from pipelines.grpo import Paths, start_actors
 from pipelines.launch import quiet, start_ray
 from pipelines.prepare import prepare

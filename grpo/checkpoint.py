@@ -145,6 +145,12 @@ def load_model(
     return model.to(device)
 
 
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
+    """Raise a ValueError that names the option `key` unless the checkpoint reads this tokenizer's tokens."""
+    if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{key} {folder} reads other tokens than the data: set data.tokenizer to its own")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer saved with a checkpoint."""
     if not (Path(folder) / "tokenizer").is_dir():
@@ -200,55 +206,6 @@ def load_into(model: GPT, tensors: dict[str, Tensor]) -> list[str]:
         tensors = {name: tensor for name, tensor in tensors.items() if _part(name) != "trunk"}
     model.load_state_dict(tensors, strict=False)  # checked above
     return fresh
-
-
-def checkpoint_folder(root: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step goes."""
-    return Path(root) / f"step-{step:08d}"
-
-
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The newest checkpoint that is whole, or None; a warning names each damaged one that is passed over."""
-    for folder in reversed(_checkpoints(root)):
-        try:
-            verify_checkpoint(folder)
-            return folder
-        except ValueError as error:
-            log.warning("skipping a checkpoint: %s", error)
-    return None
-
-
-def find_checkpoint(path: str | Path, key: str) -> Path:
-    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint.
-
-    Args:
-        key: the option that holds the path.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = Path(path).expanduser()
-    for finished in (folder, folder / "final", folder / "best"):
-        if (finished / MANIFEST).is_file():
-            return finished
-    for root in (folder, folder / "checkpoints"):
-        newest = latest_checkpoint(root) if root.is_dir() else None
-        if newest is not None:
-            return newest
-    raise ValueError(f"{key} {path}: no checkpoint there; give a checkpoint's folder or that of its run")
-
-
-def prune_checkpoints(root: str | Path, keep: int, step: int) -> None:
-    """Delete all but the `keep` newest checkpoints, and what an interrupted save left behind.
-
-    Args:
-        step: of the checkpoint just saved. One of a later step is damaged: the run went on from before it.
-    """
-    newest = checkpoint_folder(root, step)
-    kept = [folder for folder in _checkpoints(root) if folder.name <= newest.name][-keep:]
-    for folder in (*_checkpoints(root), *Path(root).glob(".step-*")):
-        if folder not in kept:
-            shutil.rmtree(folder)
 
 
 def verify_checkpoint(folder: str | Path) -> None:
@@ -327,10 +284,6 @@ def _part(name: str) -> str:
     if name.startswith("heads.lm.residual."):
         return "heads.lm.residual"
     return ".".join(name.split(".")[:2]) if name.startswith("heads.") else name.split(".")[0]
-
-
-def _checkpoints(root: str | Path) -> list[Path]:
-    return sorted(folder for folder in Path(root).glob("step-*") if folder.is_dir())
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

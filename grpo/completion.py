@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from grpo.autoregress import generate
-from grpo.checkpoint import find_checkpoint, load_model
+from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
 from grpo.data import Batch
 from grpo.denoise import denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
+from grpo.run_checkpoints import find_checkpoint
 
 EVALUATION_STREAM = 31
 """Noise stream of evaluations (see `grpo.noise.row_seeds`)."""

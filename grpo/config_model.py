@@ -60,7 +60,7 @@ class DataSection:
     validation_fraction: float = 0.1
     """Share of the source kept for validation, evaluation prompts and natural references."""
     judge_fraction: float = 0.25
-    """Share of the source kept for the independent judge; neither generator nor discriminator ever sees it."""
+    """Share of the source kept for the independent judge; neither generator nor discriminator is trained on it."""
     split_seed: int = 0
     """Seed of the assignment of documents (or contiguous chunks) to splits."""
 

@@ -5,7 +5,8 @@ with one list column of tokens. A row is a document (layout `documents`), or a r
 
 1. The corpus is split by content: in layout `blocks` it is cut into chunks, which go to validation, judge or train by
    the rank of their keyed hash, so that all splits share one distribution and their shares are exact. Neighbouring
-   chunks of one split form one run; a window never leaves its run, so no window holds text of another split.
+   chunks of one split form one run; a window never leaves its run, so no window reaches into another split. (What
+   a corpus says twice may still stand in two splits.)
 2. Equal documents of one segment share a hash, hence a split; a chunk's hash holds its number too, so that a corpus
    that repeats itself still splits.
 3. In layout `documents` only the first `block_size` tokens of a document are kept; `truncated` counts such documents.

@@ -11,6 +11,7 @@ A source is planned as parts, each readable by itself, so that workers share out
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -138,10 +139,22 @@ def read_part(part: Part, text_column: str, separator: str) -> Iterator[str]:
         yield from filter(None, _READERS[_kind(part.path)](part, text_column, separator))
 
 
-def _embedded_documents() -> list[str]:
-    from pydoc_data.topics import topics  # the language reference that `help()` shows
+@functools.cache
+def _embedded_documents() -> tuple[str, ...]:
+    """The language reference that `help()` shows, each paragraph once: a fifth of it stands in several topics, and so
+    would stand in several splits."""
+    from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)]
+    seen, documents = set(), []
+    for name in sorted(topics):
+        paragraphs = []
+        for paragraph in topics[name].split("\n\n"):
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                seen.add(words)
+                paragraphs.append(paragraph)
+        documents.append("\n\n".join(paragraphs))
+    return tuple(filter(None, documents))
 
 
 def _kind(path: str) -> str:

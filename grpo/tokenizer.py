@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 import tiktoken
-import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
 
 TRAINING_BYTES = 16 * 2**20
 DOWNLOAD_S = 30.0
@@ -190,7 +188,10 @@ def _bpe_size(kind: str) -> int:
 def _train_ranks(size: int, documents: Iterable[str] | None) -> dict[bytes, int]:
     if documents is None:
         raise ValueError(f"data.tokenizer=bpe:{size} is trained on the source: prepare it with pipelines/prepare.py")
-    model = tokenizers.Tokenizer(models.BPE())
+    from tokenizers import Tokenizer as Trainable  # not needed to read or write text
+    from tokenizers import models, pre_tokenizers, trainers
+
+    model = Trainable(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     model.train_from_iterator(_capped(documents), trainers.BpeTrainer(

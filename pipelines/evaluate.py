@@ -34,7 +34,7 @@ from torch import Tensor
 
 from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
-from grpo.checkpoint import find_checkpoint, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
+from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
@@ -42,6 +42,7 @@ from grpo.config_model import check
 from grpo.data import Batch, open_dataset, window_places, windows
 from grpo.mask_bias import saved_bias
 from grpo.remasking import FRESH_ONLY, resolve_policy
+from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import launch, start_ray, worker_threads
@@ -57,6 +58,13 @@ SWEPT = ("temperature", "top_p", "steps", "remasking", "sampler")
 SAMPLES_SHOWN = 8
 ENTROPY_TOLERANCE = 0.003
 """Relative; at the base's slope over temperatures, 0.02 nats of judge NLL."""
+
+
+def check_enough(config: Config, dataset: Path) -> None:
+    """Raise a ValueError where a split holds too little text to measure by."""
+    data, num = open_dataset(dataset), config.evaluation.samples
+    for split, rows in (("validation", num), ("judge", 2 * num)):
+        windows(data, split, rows, config.data.block_size, VALIDATION_WINDOWS_SEED)
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
@@ -89,6 +97,7 @@ class Setting:
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
         self.judge = load_model(judge).eval()
         if checkpoint is not None:
+            check_tokenizer(checkpoint, self.data.tokenizer, "checkpoint")
             self.model = load_model(checkpoint).eval()
             self.mask_bias = saved_bias(load_checkpoint(checkpoint).state, config.mask_bias)
             self.remasking_model = load_remasking_model(config.denoise)

@@ -36,7 +36,7 @@ import torch
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
-from grpo.checkpoint import find_checkpoint, load_checkpoint, load_model
+from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model
 from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
@@ -44,8 +44,9 @@ from grpo.data import open_dataset
 from grpo.lora import Trainable
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
+from grpo.run_checkpoints import find_checkpoint
 from grpo.trajectory import credited_tokens, credits_positions
-from pipelines.evaluate import fit_judge, measure, measure_natural, quality_table
+from pipelines.evaluate import check_enough, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.placement import check_fits, placed
@@ -144,14 +145,14 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     check_fits(config.cluster, config.grpo, ray.cluster_resources())
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
+    check_enough(config, dataset)
     judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
-    if shape.vocabulary != open_dataset(dataset).vocabulary or shape.block_size != config.data.block_size:
+    check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
+    if shape.block_size != config.data.block_size:
         raise ValueError(
-            f"grpo.base {base} was trained with another tokenizer or data.block_size "
-            f"({shape.vocabulary.base_size} base tokens, {shape.block_size}) than this data "
-            f"({open_dataset(dataset).vocabulary.base_size}, {config.data.block_size})"
+            f"grpo.base {base} was trained with data.block_size {shape.block_size}, got {config.data.block_size}"
         )
     _credits(config, resolve_policy(config.denoise.remasking, shape, classifier))
     display.note("waiting for the judge")

@@ -33,10 +33,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from grpo.checkpoint import find_checkpoint
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
+from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import pretrain_figure, series
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare

@@ -25,19 +25,13 @@ import torch
 
 from actors.classifier import SequenceScorer, Teacher, TokenClassifier
 from actors.pretrainer import Pretrainer
-from grpo.checkpoint import (
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
-    load_into,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from grpo.checkpoint import load_checkpoint, load_into, save_checkpoint
 from grpo.config import Config, TrackingSection
 from grpo.config_file import to_dict
 from grpo.data import Cursor, Dataset, open_dataset, windows
 from grpo.metrics import merge_sums
 from grpo.model import GPT
+from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
 from pipelines.ranks import Ranks, worker_ranks
 from pipelines.tracking import Tracker
 

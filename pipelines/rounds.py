@@ -21,10 +21,11 @@ from torch import Tensor
 
 from actors.learner import Learner
 from actors.trunk_store import to_arrays
-from grpo.checkpoint import checkpoint_folder, latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.config_file import to_dict
 from grpo.data import open_dataset
 from grpo.reward_functions import RewardFunctionError
+from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
 from pipelines.rollouts import Job, Rollouts, fetch, newest_heads, publish

@@ -34,7 +34,7 @@ from rich.text import Text
 from torch import Tensor
 
 from grpo.autoregress import generate
-from grpo.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model, load_tokenizer
+from grpo.checkpoint import Checkpoint, load_checkpoint, load_model, load_tokenizer
 from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import config_hash, from_dict, load_config, save_config
@@ -43,6 +43,7 @@ from grpo.mask_bias import saved_bias
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
+from grpo.run_checkpoints import find_checkpoint
 from grpo.tokenizer import Tokenizer
 from pipelines.launch import launch
 from pipelines.live_view import Recorder, counts, legend, render, write_page

@@ -33,12 +33,13 @@ from dataclasses import replace
 from typing import Any
 
 from actors.trunk_store import publish
-from grpo.checkpoint import find_checkpoint, load_model
+from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict, with_values
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
-from pipelines.evaluate import fit_judge, measure_natural
+from grpo.run_checkpoints import find_checkpoint
+from pipelines.evaluate import check_enough, fit_judge, measure_natural
 from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
@@ -134,6 +135,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     start_ray()
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
+    check_enough(config, dataset)
     judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
     base = trunk = None
     if config.grpo.base or not _decides_of_pretraining(config, dataset):

@@ -10,20 +10,11 @@ import torch
 from torch import nn
 
 from grpo import checkpoint as checkpoints
-from grpo.checkpoint import (
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
-    load_into,
-    load_model,
-    load_tokenizer,
-    prune_checkpoints,
-    save_checkpoint,
-    write_manifest,
-)
+from grpo.checkpoint import load_checkpoint, load_into, load_model, load_tokenizer, save_checkpoint, write_manifest
 from grpo.config import ModelSection, RewardSection
 from grpo.gpt2 import load_gpt2
 from grpo.model import GPT, text_logits
+from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
 from grpo.tokenizer import Vocabulary, build_tokenizer
 
 torch.set_num_threads(1)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo.checkpoint import latest_checkpoint, load_checkpoint, load_model, save_checkpoint
+from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
 from grpo.config import (
     ClusterSection,
     Config,
@@ -18,6 +18,7 @@ from grpo.config import (
 from grpo.data import make_dataset, open_dataset
 from grpo.model import GPT
 from grpo.reward_functions import RewardFunctionError
+from grpo.run_checkpoints import latest_checkpoint
 from pipelines.grpo import Paths, start_actors
 from pipelines.ranks import Ranks
 from pipelines.rounds import train

@@ -73,6 +73,8 @@ def test_files_globs_folders_and_uris_choose_files(tmp_path, monkeypatch):
 def test_embedded_corpus_is_there_and_hashed():
     documents = list(read_documents("python-docs"))
     assert len(documents) > 50 and sum(map(len, documents)) > 300_000
+    paragraphs = [" ".join(text.split()) for document in documents for text in document.split("\n\n")]
+    assert len(set(paragraphs)) == len(paragraphs)  # or splits would share text
     assert source_digests("python-docs") == source_digests("python-docs")
 
 

@@ -1,0 +1,64 @@
+"""The checkpoints of a run: where a step's goes, which is the newest whole one, and which are kept."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from grpo.checkpoint import MANIFEST, verify_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def checkpoint_folder(root: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step goes."""
+    return Path(root) / f"step-{step:08d}"
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The newest checkpoint that is whole, or None; a warning names each damaged one that is passed over."""
+    for folder in reversed(_checkpoints(root)):
+        try:
+            verify_checkpoint(folder)
+            return folder
+        except ValueError as error:
+            log.warning("skipping a checkpoint: %s", error)
+    return None
+
+
+def find_checkpoint(path: str | Path, key: str) -> Path:
+    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint.
+
+    Args:
+        key: the option that holds the path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = Path(path).expanduser()
+    for finished in (folder, folder / "final", folder / "best"):
+        if (finished / MANIFEST).is_file():
+            return finished
+    for root in (folder, folder / "checkpoints"):
+        newest = latest_checkpoint(root) if root.is_dir() else None
+        if newest is not None:
+            return newest
+    raise ValueError(f"{key} {path}: no checkpoint there; give a checkpoint's folder or that of its run")
+
+
+def prune_checkpoints(root: str | Path, keep: int, step: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what an interrupted save left behind.
+
+    Args:
+        step: of the checkpoint just saved. One of a later step is damaged: the run went on from before it.
+    """
+    newest = checkpoint_folder(root, step)
+    kept = [folder for folder in _checkpoints(root) if folder.name <= newest.name][-keep:]
+    for folder in (*_checkpoints(root), *Path(root).glob(".step-*")):
+        if folder not in kept:
+            shutil.rmtree(folder)
+
+
+def _checkpoints(root: str | Path) -> list[Path]:
+    return sorted(folder for folder in Path(root).glob("step-*") if folder.is_dir())
