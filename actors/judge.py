@@ -1,4 +1,4 @@
-"""The independent judge in a process: a causal model trained on text that neither generator nor discriminator sees.
+"""The independent judge in a process: a causal model with a share of the corpus of its own to train on.
 
 1. It is never a reward. Its split (`judge`) is disjoint from the generator's (`train`) and from the evaluation
    prompts and natural references (`validation`).

@@ -54,7 +54,8 @@ class DataSection:
     layout: str = "blocks"
     """`blocks`: documents joined by `separator`, cut into windows of `block_size`. `documents`: a padded row each."""
     separator: str = "\n\n"
-    """Text put between two documents in layout `blocks`."""
+    """Text put between two documents in layout `blocks`; also what stands between two documents of a text file (one
+    with Windows line ends wants `"\\r\\n\\r\\n"`)."""
     block_size: int = 64
     """T, tokens per row."""
     validation_fraction: float = 0.1
