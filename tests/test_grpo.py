@@ -146,7 +146,9 @@ def test_two_ranks_run_as_one(config, steady):
     main(replace(config, run=replace(config.run, name="pair"), grpo=pair), None)
     alone, both = finished(output / "steady"), finished(output / "pair")
     for name, value in alone["heads"].items():
-        torch.testing.assert_close(both["heads"][name], value, rtol=1e-5, atol=1e-6, msg=name)
+        # a hundredth of a step: AdamW's steps are of full size, also where a gradient all but cancels
+        atol = 0.01 * config.grpo.learning_rate
+        torch.testing.assert_close(both["heads"][name], value, rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for mine, theirs in zip(alone["history"], both["history"], strict=True):
         same = {name: value for name, value in mine.items() if not name.startswith(TIMES)}
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-5, abs=1e-6)
