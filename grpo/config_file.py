@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ def _all_keys() -> list[str]:
     return [f"{section}.{key}" for section, values in to_dict(Config()).items() for key in values]
 
 
-def _one_line(error: OmegaConfBaseException, origin: str, likely: str = "") -> str:
+def _one_line(error: Exception, origin: str, likely: str = "") -> str:
     """The error with its key; `likely` where it names none."""
     key = (getattr(error, "full_key", None) or likely).strip()
-    first = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element")
+    first = re.sub(r" \(?(of )?(type )?'?\$VALUE_TYPE'?\)?", "", str(error).splitlines()[0])
+    first = re.sub(r"(Value )?'?\$VALUE'?", "an element", first)  # OmegaConf fills in what is no list's element
     if key and key not in _all_keys() and key not in to_dict(Config()):
         near = difflib.get_close_matches(key, _all_keys() + list(to_dict(Config())), n=1, cutoff=0.5)
         return f"{origin}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
@@ -81,7 +83,7 @@ def _built(tree: Any, origin: str) -> Config:
 def _merge(tree: Any, values: Any, origin: str, key: str = "") -> Any:
     try:
         return OmegaConf.merge(tree, values)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dict, or the other way round
         raise ValueError(_one_line(error, origin, key)) from None
 
 
