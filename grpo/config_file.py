@@ -1,7 +1,8 @@
 """Reading, overriding, saving and hashing a `Config`.
 
-1. YAML and dotted overrides are merged by OmegaConf onto the dataclasses, which gives types; a wrong key or type is
-   re-raised as one line that names the full key and the nearest existing one.
+1. YAML and dotted overrides are read by OmegaConf's loader, to which `1e-4` is a number (to `yaml.safe_load`, a text),
+   and merged onto the dataclasses, which gives types; a wrong key or type is re-raised as one line that names the full
+   key and the nearest existing one.
 2. A hash covers named sections only, so that a cached base model is found again when unrelated keys change.
 """
 
@@ -12,6 +13,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ def _all_keys() -> list[str]:
     return [f"{section}.{key}" for section, values in to_dict(Config()).items() for key in values]
 
 
-def _one_line(error: OmegaConfBaseException, origin: str, likely: str = "") -> str:
+def _one_line(error: Exception, origin: str, likely: str = "") -> str:
     """The error with its key; `likely` where it names none."""
     key = (getattr(error, "full_key", None) or likely).strip()
-    first = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an element")
+    first = re.sub(r" \(?(of )?(type )?'?\$VALUE_TYPE'?\)?", "", str(error).splitlines()[0])
+    first = re.sub(r"(Value )?'?\$VALUE'?", "an element", first)  # OmegaConf fills in what is no list's element
     if key and key not in _all_keys() and key not in to_dict(Config()):
         near = difflib.get_close_matches(key, _all_keys() + list(to_dict(Config())), n=1, cutoff=0.5)
         return f"{origin}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
@@ -46,13 +49,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"config file {path} does not exist; see configs/ for those that come with the project")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"config file {path} must hold sections such as `model:`, got {type(values).__name__}")
-        tree = _merge(tree, values, f"config file {path}")
+        tree = _merge(tree, _sections(path), f"config file {path}")
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals or "." not in key:
@@ -63,6 +60,20 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
         tree = _merge(tree, values, "command line", key)
     return _built(tree, "config")
+
+
+def _sections(path: str | Path) -> dict[str, Any]:
+    """What a YAML file holds."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:  # it may not be read, or it is a bare number
+        raise ValueError(f"config file {path} must hold sections such as `model:`: {error}") from None
+    bare = [name for name in values if not isinstance(values[name], dict)] if isinstance(values, dict) else ["a list"]
+    if bare:
+        raise ValueError(f"config file {path} must hold sections such as `model:` with keys in them, got {bare[0]}")
+    return values
 
 
 def _built(tree: Any, origin: str) -> Config:
@@ -81,7 +92,7 @@ def _built(tree: Any, origin: str) -> Config:
 def _merge(tree: Any, values: Any, origin: str, key: str = "") -> Any:
     try:
         return OmegaConf.merge(tree, values)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for a dict, or the other way round
         raise ValueError(_one_line(error, origin, key)) from None
 
 
@@ -112,10 +123,15 @@ def with_values(config: Config, values: dict[str, Any], origin: str) -> Config:
     return from_dict(tree, origin)
 
 
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal `Config`."""
+    return OmegaConf.to_yaml(to_dict(config))
+
+
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved config as YAML that `load_config` reads back to an equal `Config`."""
+    """Write `to_yaml`, whole or not at all."""
     temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(path)
 
 

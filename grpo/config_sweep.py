@@ -32,8 +32,9 @@ class SweepSection:
     trials: int = 16
     """Trials; with a grid, for each of its points; with nothing but grids, each point is tried once."""
     objective: str = "judge_nll_matched"
-    """A figure of a trial that chooses the best one. The default: negative log-likelihood under the independent judge
-    at the token entropy of natural text, nats per token."""
+    """A figure of every measurement (`pipelines.trial.MEASURED`, and `PRETRAINED` where each trial pretrains a base),
+    which chooses the best trial. The default: negative log-likelihood under the independent judge at the token entropy
+    of natural text, nats per token."""
     mode: str = "min"
     """`min` or `max`."""
     stretches: int = 2

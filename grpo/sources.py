@@ -3,7 +3,8 @@
 A source is planned as parts, each readable by itself, so that workers share out a corpus and none holds all of it.
 
 1. The kind of a file is its suffix: .jsonl .ndjson .json (one object per line), .csv .tsv, .parquet .pq, .arrow .ipc
-   .feather; anything else is UTF-8 text, whose documents are what stands between two `data.separator`s.
+   .feather; anything else is UTF-8 text, whose documents are what stands between two `data.separator`s. A compressed
+   file, which cannot be cut into ranges, is refused.
 2. Text and JSONL are cut into ranges of `PART_BYTES`; a range owns the documents that begin after the first delimiter
    in it (as in MapReduce), so no document is lost or read twice. Parquet is cut by row groups, the others not at all.
 3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_".
@@ -24,12 +25,15 @@ import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet
 
+Files = list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]
 EMBEDDED = "python-docs"
 PART_BYTES = 32 * 2**20
 _READ_BYTES = 2**20
 _BOM = b"\xef\xbb\xbf"
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
           ".pq": "parquet", ".arrow": "arrow", ".ipc": "arrow", ".feather": "arrow"}
+_COMPRESSED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
+"""Suffixes that are refused, each with the program that takes it off."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,11 @@ def plan_parts(source: str, separator: str) -> list[Part]:
     return parts
 
 
-def list_files(source: str) -> list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]:
+def list_files(source: str) -> Files:
     """The files that a file, glob, folder or URI names, sorted by path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one is compressed.
     """
     literal = "://" not in source and _expanded(source).exists()
     wildcard = None if literal else re.search(r"[*?\[]", source)
@@ -89,7 +93,7 @@ def list_files(source: str) -> list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]:
             filesystem, path = pa.fs.LocalFileSystem(), str(_expanded(base or ".").resolve())
         info = filesystem.get_file_info(path)
         if info.type == pa.fs.FileType.File:
-            return [(info, filesystem)]
+            return _uncompressed([(info, filesystem)])
         found = filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"data.source: cannot open {source} ({_first_line(error)}): check the path or URI") from error
@@ -104,7 +108,16 @@ def list_files(source: str) -> list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]:
             chosen.append((info, filesystem))
     if not chosen or not source:
         raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
-    return sorted(chosen, key=lambda pair: pair[0].path)
+    return _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))
+
+
+def _uncompressed(files: Files) -> Files:
+    for info, _ in files:
+        suffix = PurePosixPath(info.path).suffix.lower()
+        if suffix in _COMPRESSED:
+            raise ValueError(f"data.source: {info.path} is compressed ({suffix}): decompress it, for example with "
+                             f"`{_COMPRESSED[suffix]}`")
+    return files
 
 
 def _expanded(path: str) -> Path:

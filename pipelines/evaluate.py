@@ -53,6 +53,10 @@ from pipelines.tracking import Tracker, tracking_uri
 
 VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
+FIGURES = (
+    "judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js", "temperature", "tokens_per_s", "nelbo_bpb",
+)
+"""All numbers of a generator's row."""
 SWEPT = ("temperature", "top_p", "steps", "remasking", "sampler")
 """Keys of `evaluation` that are lists of values of the same keys of `denoise`."""
 SAMPLES_SHOWN = 8

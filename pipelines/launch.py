@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,6 +36,8 @@ QUIET = {
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
 }
 ROOT = Path(__file__).resolve().parent.parent
+CONNECT_S = 5.0
+"""Seconds that the cluster of RAY_ADDRESS has to answer a connection."""
 
 
 def quiet() -> None:
@@ -46,7 +50,11 @@ def quiet() -> None:
 
 
 def start_ray(num_cpus: int | None = None) -> None:
-    """Attach to the cluster of RAY_ADDRESS or of `ray job submit`, else start a private one on this machine."""
+    """Attach to the cluster of RAY_ADDRESS or of `ray job submit`, else start a private one on this machine.
+
+    Raises:
+        ValueError: no cluster answers at RAY_ADDRESS.
+    """
     import ray
 
     if ray.is_initialized():
@@ -56,10 +64,18 @@ def start_ray(num_cpus: int | None = None) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"env_vars": {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}}
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
-    if os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        ray.init(address=address, num_cpus=num_cpus, include_dashboard=False, **options)
+        return
+    try:
+        if address != "auto":  # Ray itself would try for minutes
+            parts = urlsplit(address if "://" in address else f"//{address}")
+            socket.create_connection((parts.hostname, parts.port), CONNECT_S).close()
         ray.init(address="auto", **options)
-    else:
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"RAY_ADDRESS={address}: no cluster answers there ({str(error).splitlines()[0]}): give the "
+                         "address of one that runs, or unset RAY_ADDRESS for a private one on this machine") from error
 
 
 def worker_threads(requested: int, num_workers: int) -> int:

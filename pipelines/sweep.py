@@ -36,6 +36,7 @@ from actors.trunk_store import publish
 from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict, with_values
+from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
@@ -48,7 +49,7 @@ from pipelines.progress import Display, summary_table
 from pipelines.ranks import beside_main_thread
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
-from pipelines.trial import Shared, Trial, read_trial, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, read_trial, trial_folder
 
 SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "cluster", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""
@@ -60,6 +61,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     name = config.run.name or f"sweep-{config_hash(config)}"
     check_space(config)
+    check_objective(config)
     folder = Path(config.run.output).absolute() / name
     placed = replace(
         config,
@@ -106,6 +108,12 @@ def check_space(config: Config) -> None:
             with_values(config, {key: value}, "sweep.space")
 
 
+def check_objective(config: Config) -> None:
+    """What chooses the best trial must be a figure of every report."""
+    known = MEASURED + (PRETRAINED if _own_bases(config) else ())
+    one_of("sweep.objective", config.sweep.objective, known)
+
+
 def read_trials(folder: Path) -> list[dict[str, Any]]:
     """Records of all trials of a sweep, in the order in which they began."""
     records = (read_trial(path.parent) for path in (folder / "trials").glob("*/trial.json"))
@@ -138,7 +146,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     check_enough(config, dataset)
     judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
     base = trunk = None
-    if config.grpo.base or not _decides_of_pretraining(config, dataset):
+    if not _own_bases(config):
         base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
         model = load_model(base)
         trunk, config = (publish(model.trunk.state_dict()),), replace(config, model=model.model)
@@ -158,11 +166,12 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     )
 
 
-def _decides_of_pretraining(config: Config, dataset: Path) -> bool:
-    """Whether a swept key decides something of the base model."""
-    unswept = what_decides(config, dataset)
-    return any(
-        what_decides(with_values(config, {key: value}, "sweep.space"), dataset) != unswept
+def _own_bases(config: Config) -> bool:
+    """Whether each trial pretrains a base: none is given, and a swept key decides something of it."""
+    data = Path()  # the same for all
+    unswept = what_decides(config, data)
+    return not config.grpo.base and any(
+        what_decides(with_values(config, {key: value}, "sweep.space"), data) != unswept
         for key, (_, values) in config.sweep.ranges.items()
         for value in values
     )

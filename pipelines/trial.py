@@ -28,7 +28,7 @@ from grpo.config import Config
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
-from pipelines.evaluate import measure
+from pipelines.evaluate import FIGURES, measure
 from pipelines.grpo import Paths, start_actors
 from pipelines.launch import worker_threads
 from pipelines.pretrain import alone, write_json
@@ -39,6 +39,13 @@ from pipelines.tracking import Tracker
 
 TOLERANCE = 0.05
 """Of p(MASK)."""
+MEASURED = tuple(f"{name}_matched" for name in FIGURES)
+"""Figures of every report: those of the generator's text and bound."""
+PRETRAINED = (
+    "val_nelbo_nats", "val_nelbo_se", "val_bpb", "critic_auroc", "critic_ece", "p_mask_settled_step",
+    "p_mask_overshoot", "p_mask_error", "mask_bias_final",
+)
+"""Figures of every report of a trial with a base of its own, as far as the base has a critic and a mask bias."""
 WINDOW = 5
 """Readings of p(MASK), each a mean over `pretrain.log_every` steps, that are averaged."""
 
@@ -124,14 +131,13 @@ class Trial:
             self._track()
         figures = self._rounds(self.reported) if self.reported else self._pretrain()
         newest = self.folder / "final" if self.reported else self.base
-        quality = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy)
-        quality = {f"{name}_matched": value for name, value in quality.items() if isinstance(value, float)}
+        row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy)
+        quality = {matched: row[name] for matched, name in zip(MEASURED, FIGURES, strict=True)}
         figures, quality = _finite(figures), _finite(quality)
         self.tracker.log(quality, self._rounds_until(self.reported) if self.reported else 0)
         report = {**(self.record["reports"][-1] if self.reported else {}), **figures, **quality}
         if sweep.objective not in report:
-            known = ", ".join(sorted(report))
-            raise ValueError(f"sweep.objective must be a figure of a trial ({known}), got {sweep.objective!r}")
+            raise ValueError(f"{sweep.objective}, which is sweep.objective, cannot be measured in this trial")
         self.record["reports"].append(report)
         self.record["wall_s"] += time.monotonic() - started
         if self.reported == sweep.stretches:
@@ -170,8 +176,8 @@ class Trial:
         job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
                                 tracking=self.config.tracking, board=None, mlflow_run=None)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
-        bound = {name: value for name, value in figures.items() if name.startswith(("val_", "critic_"))}
-        return bound | settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
+        figures |= settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
+        return {name: figures[name] for name in PRETRAINED if name in figures}
 
     # ---- adversarial rounds ---------------------------------------------------------------------------------------
 

@@ -45,26 +45,52 @@ def test_overrides_win_over_the_file(tmp_path):
         ("evaluation.samples=1", ["evaluation.samples must be at least 4"]),
         ("evaluation.judge_width=100", ["evaluation.judge_width must be a positive multiple of twice", "(4)"]),
         ("evaluation.steps=[a]", ["command line: evaluation.steps: an element could not be converted to Integer"]),
+        ("evaluation.sampler=[maybe]", ["command line: evaluation.sampler: an element is not a valid bool"]),
+        ("evaluation.steps={a: 1}", ["command line: evaluation.steps: Cannot merge"]),
     ],
 )
 def test_a_bad_override_is_one_line_with_the_full_key(override, words):
     with pytest.raises(ValueError) as error:
         load_config(None, [override])
     message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert "\n" not in message and "$" not in message and all(word in message for word in words), message
 
 
-def test_a_bad_file_is_one_line_with_its_name(tmp_path):
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("grpo: [1,\n")
-    for path in (broken, tmp_path / "missing.yaml"):
-        with pytest.raises(ValueError) as error:
-            load_config(path)
-        assert path.name in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("grpo: [1,\n", "is not YAML"),
+        ("grpo:\n  kl: 0.1\n  kl: 0.2\n", "is not YAML: .* found duplicate key kl"),
+        ("- grpo\n", "must hold sections such as `model:` with keys in them, got a list"),
+        ("text\n", "must hold sections .*, got text"),
+        ("grpo:\n", "must hold sections .*, got grpo"),
+        ("3\n", "must hold sections"),
+        ("grpo: 3\n", "must hold sections .*, got grpo"),
+        ("run:\n  name: ${\n", "is not YAML"),
+        (None, "does not exist"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_its_name(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=f"config file {path}.*{words}") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_and_the_command_line_read_numbers_alike(tmp_path):
+    file = tmp_path / "a.yaml"
+    ranges = ["mask_bias.k_i: {loguniform: [1e-4, 1e-2]}", "pretrain.learning_rate: {choice: [1e-4, 3e-4]}"]
+    file.write_text("sweep:\n  space:\n" + "".join(f"    {each}\n" for each in ranges))
+    config = load_config(file)
+    assert config == load_config(None, [f"sweep.space={{{', '.join(ranges)}}}"])
+    assert config.sweep.ranges["pretrain.learning_rate"] == ("choice", [0.0001, 0.0003])
 
 
 def test_saved_config_reads_back_equal(tmp_path):
-    config = load_config(None, ["reward.layers=[1,2]", "run.name=a", "pretrain.learning_rate=1e-3"])
+    config = load_config(None, ["reward.layers=[1,2]", "run.name='1e-4'", "pretrain.learning_rate=1e-3"])
+    assert config.run.name == "1e-4"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config == from_dict(to_dict(config))
 

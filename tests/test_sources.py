@@ -113,6 +113,18 @@ def test_sources_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, source,
     one_line_error(source, message)
 
 
+@pytest.mark.parametrize(
+    "suffix, program",
+    [(".gz", "gunzip"), (".bz2", "bunzip2"), (".XZ", "unxz"), (".zst", "unzstd"), (".zip", "unzip")],
+)
+def test_a_compressed_file_is_to_be_decompressed(tmp_path, suffix, program):
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(b"\x1f\x8b\x08\x00\xff")
+    for source in (path, tmp_path):
+        message = f"data.source: {path} is compressed \\({suffix.lower()}\\): decompress it, .*`{program}`"
+        one_line_error(source, message)
+
+
 def test_a_row_of_a_csv_may_be_long_but_not_without_end(tmp_path, monkeypatch):
     path = tmp_path / "long.csv"
     path.write_text("id,text\n1," + "a" * 3_000_000 + "\n")

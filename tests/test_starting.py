@@ -20,6 +20,7 @@ from grpo.config import DataSection, ModelSection
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 from pipelines.__main__ import pipelines
+from pipelines.launch import start_ray
 from pipelines.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def copied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere") / "project"
     for room in ("grpo", "actors", "pipelines", "configs"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for loop, mine, marked in (("pretrain_loop", "\nKEEP = 2\n", "\nKEEP = 1\n"), ("rounds", ", grpo.keep)", ", 1)")):
+    for loop, mine, marked in (("pretrain_loop", "\nKEEP = 2\n", "\nKEEP = 1\n"), ("rounds", ", grpo.keep, ", ", 1, ")):
         file = folder / "pipelines" / f"{loop}.py"
         assert file.read_text().count(mine) == 1
         file.write_text(file.read_text().replace(mine, marked))
@@ -107,6 +108,35 @@ def free_ports(count):
     for each in sockets:
         each.close()
     return ports
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Addresses that `start_ray` asks Ray to join, which it does not."""
+    import ray
+
+    asked = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["address"]))
+    monkeypatch.setenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    return asked
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1", "nowhere.invalid:1"])
+def test_an_address_where_no_cluster_answers_is_one_line(address, joined, monkeypatch):
+    address = address.format(port=free_ports(1)[0])
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=f"^RAY_ADDRESS={address}: no cluster answers .* unset RAY_ADDRESS") as error:
+        start_ray()
+    assert "\n" not in str(error.value) and not joined
+
+
+def test_a_cluster_that_answers_is_joined(joined, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in ("", "local", "auto", f"127.0.0.1:{server.getsockname()[1]}"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            start_ray()
+    assert joined == ["local", "local", "auto", "auto"]
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import load_config, save_config, with_values
-from pipelines.sweep import _decides_of_pretraining, _searcher, best_trial, check_space, main, read_trials
-from pipelines.trial import settling, trial_folder
+from pipelines.sweep import _own_bases, _searcher, best_trial, check_objective, check_space, main, read_trials
+from pipelines.trial import MEASURED, PRETRAINED, settling, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
@@ -153,11 +153,38 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
     assert trunk and all(last[name].equal(first[name]) for name in trunk)
 
 
-def test_only_keys_of_pretraining_cost_a_base_each(config, tmp_path):
+@pytest.mark.ray
+def test_every_report_has_the_figures_that_an_objective_may_name(swept):
+    _, _, folder = swept
+    finished, named = [each for each in read_trials(folder) if each["reports"]], {*MEASURED, *PRETRAINED}
+    assert len(finished) == 2
+    for first, *others in (trial["reports"] for trial in finished):
+        assert named - first.keys() <= {"critic_auroc", "critic_ece"}  # the critic of so short a training saw no error
+        assert first.keys() <= named and all(first.keys() <= other.keys() for other in others)
+
+
+def test_an_objective_that_no_report_has_is_refused_before_anything_starts(config, tmp_path):
+    for space, objective, allowed in (
+        ({}, "judge_nll_matched", True),
+        ({}, "val_bpb", True),
+        ({"grpo.kl": {"uniform": [0.0, 0.1]}}, "val_bpb", False),
+        ({}, "judge_nll", False),
+    ):
+        run = replace(config.run, output=str(tmp_path))
+        swept = replace(config, run=run, sweep=SweepSection(space=space, objective=objective))
+        if allowed:
+            check_objective(swept)
+            continue
+        with pytest.raises(ValueError, match=f"^sweep.objective must be one of judge_nll_matched, .*got '{objective}'"):
+            main(swept, None)
+        assert not list(tmp_path.iterdir())
+
+
+def test_only_keys_of_pretraining_cost_a_base_each(config):
     for key, decides in (("critic.alpha", True), ("mask_bias.k_i", True), ("grpo.kl", False), ("run.seed", True)):
         kind = {"choice": [1, 2]} if key == "run.seed" else {"uniform": [0.1, 0.2]}
         swept = replace(config, sweep=SweepSection(space={key: kind}))
-        assert _decides_of_pretraining(swept, tmp_path) is decides, key
+        assert _own_bases(swept) is decides, key
 
 
 @pytest.mark.parametrize(
