@@ -34,7 +34,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.checkpoint import find_checkpoint
-from grpo.config import Config
+from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
 from pipelines.figures import pretrain_figure, series
@@ -74,13 +74,22 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
         folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
     with alone(folder):
         check_same(folder, decides)
-        if not ((folder / "summary.json").exists() and (folder / "best").exists()):
+        if not _is_over(folder, config.pretrain):
             save_config(config, folder / "config.yaml")
             with contextlib.nullcontext(display) if display else Display() as shown:
                 figures = _fit_and_track(config, dataset, folder, shown)
             summary = {"mode": config.pretrain.mode, **figures, "wall_s": time.monotonic() - started}
             write_json(folder / "summary.json", summary)
     return folder / "best"
+
+
+def _is_over(folder: Path, settings: PretrainSection) -> bool:
+    """Whether the model is there with the summary of this training: another pipeline's has no mode and steps."""
+    summary = folder / "summary.json"
+    if not (summary.exists() and (folder / "best").exists()):
+        return False
+    figures = json.loads(summary.read_text(encoding="utf-8"))
+    return (figures.get("mode"), figures.get("steps")) == (settings.mode, settings.steps)
 
 
 def what_decides(config: Config, dataset: Path) -> dict[str, Any]:
