@@ -54,7 +54,7 @@ def copied(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere") / "project"
     for room in ("grpo", "actors", "pipelines", "configs"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for loop, mine, marked in (("pretrain_loop", "\nKEEP = 2\n", "\nKEEP = 1\n"), ("rounds", ", grpo.keep)", ", 1)")):
+    for loop, mine, marked in (("pretrain_loop", "\nKEEP = 2\n", "\nKEEP = 1\n"), ("rounds", ", grpo.keep, ", ", 1, ")):
         file = folder / "pipelines" / f"{loop}.py"
         assert file.read_text().count(mine) == 1
         file.write_text(file.read_text().replace(mine, marked))
