@@ -44,7 +44,7 @@ from grpo.mask_bias import saved_bias
 from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
-from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.launch import checkpoint_config, launch, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
@@ -239,10 +239,7 @@ def measure_grid(
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     import ray
 
-    from pipelines.sample import resolve_config
-
     checkpoints = {"model": find_checkpoint(args.checkpoint, "--checkpoint")}
-    config = resolve_config(load_checkpoint(checkpoints["model"]), config, args)
     if args.base:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
     name = args.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
@@ -286,4 +283,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, arguments=add_arguments)
+    launch(main, __doc__, base=checkpoint_config, arguments=add_arguments)

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from grpo.config import Config
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -77,26 +79,48 @@ def _config_file(name: str) -> Path:
     return Path(name) if Path(name).exists() or not (ROOT / name).is_file() else ROOT / name
 
 
+def checkpoint_config(args: argparse.Namespace) -> Config:
+    """The config that `--checkpoint` was made with."""
+    from grpo.checkpoint import find_checkpoint, load_checkpoint
+    from grpo.config_file import from_dict
+
+    folder = find_checkpoint(args.checkpoint, "--checkpoint")
+    return from_dict(load_checkpoint(folder).config, f"config of {folder}")
+
+
 def launch(
-    main: Callable[[Any, argparse.Namespace], Any],
+    main: Callable[[Config, argparse.Namespace], Any],
     description: str,
     *,
     default: str = "configs/tiny.yaml",
+    base: Callable[[argparse.Namespace], Config] | None = None,
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """Parse the command line, run `main(config, args)`, exit with 0, or with 2 after one line for a user's mistake."""
+    """Parse the command line, run `main(config, args)`, exit with 0, or with 2 after one line for a user's mistake.
+
+    Args:
+        default: file that the config starts from without `--config`.
+        base: what it starts from instead, in a pipeline that looks at another run. That run's `run.name` is not taken
+            over, wherever the config comes from: the folder belongs to that run.
+        arguments: adds the pipeline's own.
+    """
     quiet()
     from grpo.config_file import load_config, to_dict
 
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
-    parser.add_argument("--config", default=None, help=f"YAML file (default: {default}, which comes with the project)")
+    starts = "the checkpoint's own config" if base else f"{default}, which comes with the project"
+    parser.add_argument("--config", default=None, help=f"YAML file (default: {starts})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example grpo.group_size=16")
     if arguments:
         arguments(parser)
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(_config_file(args.config or default), args.overrides)
+        if base and not args.config:
+            file, start = None, base(args)
+        else:
+            file, start = _config_file(args.config or default), None
+        config = load_config(file, ["run.name=''", *args.overrides] if base else args.overrides, start)
         if args.print_config:
             import yaml
 

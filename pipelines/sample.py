@@ -2,7 +2,8 @@
 
     python pipelines/sample.py --checkpoint runs/NAME --prompt "The" denoise.steps=8 --live --html text.html
 
-1. The checkpoint's own config is the default of every setting; `--config` replaces it, overrides change single values.
+1. The checkpoint's own config is the default of every setting but `run.name`; `--config` replaces it, overrides change
+   single values. Texts and settings go to `runs/sample-HASH`, or to the `run.name` of the command line.
 2. Bidirectional checkpoints denoise (`grpo/denoise.py`), causal ones continue token by token (`grpo/autoregress.py`)
    and have no steps to watch.
 3. `--live` shows the first text; the page of `--html` holds all of them.
@@ -21,7 +22,6 @@ if __name__ == "__main__":  # `python pipelines/sample.py` puts pipelines/ first
 import argparse
 import contextlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,33 +34,23 @@ from rich.text import Text
 from torch import Tensor
 
 from grpo.autoregress import generate
-from grpo.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_model, load_tokenizer
+from grpo.checkpoint import find_checkpoint, load_checkpoint, load_model, load_tokenizer
 from grpo.completion import load_remasking_model
 from grpo.config import Config
-from grpo.config_file import config_hash, from_dict, load_config, save_config
+from grpo.config_file import config_hash, save_config
 from grpo.denoise import StepRecord, denoise
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.tokenizer import Tokenizer
-from pipelines.launch import launch
+from pipelines.launch import checkpoint_config, launch
 from pipelines.live_view import Recorder, counts, legend, render, write_page
 
 SAMPLE_STREAM = 41
 """Keeps this pipeline's noise apart from that of rollouts and evaluation."""
 START = "\n"
 """What a causal model continues when no prompt is given."""
-
-
-def resolve_config(checkpoint: Checkpoint, given: Config, args: argparse.Namespace) -> Config:
-    """The checkpoint's own config unless `--config` names another, with the command line's overrides."""
-    if args.config:
-        return given
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        save_config(from_dict(checkpoint.config), path)
-        return load_config(path, args.overrides)
 
 
 def prompt_tokens(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -128,7 +118,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     folder = find_checkpoint(args.checkpoint, "--checkpoint")
     checkpoint = load_checkpoint(folder)
-    config = resolve_config(checkpoint, config, args)
     tokenizer = load_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, device=device).eval()
@@ -175,4 +164,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, arguments=add_arguments)
+    launch(main, __doc__, base=checkpoint_config, arguments=add_arguments)
