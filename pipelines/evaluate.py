@@ -4,7 +4,8 @@
     python pipelines/evaluate.py --checkpoint runs/NAME --base BASE 'evaluation.temperature=[0.8,1.0,1.2]' \
         'evaluation.steps=[4,8,16]' 'evaluation.sampler=[false,true]'
 
-    runs/NAME/summary.json   every row     runs/NAME/figures/frontier.png   quality against diversity
+    runs/evaluate-HASH/summary.json          every row; `run.name` on the command line names the folder
+    runs/evaluate-HASH/figures/frontier.png  quality against diversity
 
 1. Prompts and natural references are fixed windows of the validation split. The judge is trained on the `judge` split,
    and held-out n-grams come from there too; the discriminator has only ever seen `train`.
@@ -242,7 +243,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     checkpoints = {"model": find_checkpoint(args.checkpoint, "--checkpoint")}
     if args.base:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
-    name = args.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
+    name = config.run.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
     folder = Path(config.run.output).absolute() / name
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
@@ -279,7 +280,6 @@ def _label(row: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder")
     parser.add_argument("--base", default="", help="another checkpoint to measure beside it, such as its base")
-    parser.add_argument("--name", default="", help="folder below run.output for summary.json; default: named by a hash")
 
 
 if __name__ == "__main__":
