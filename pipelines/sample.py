@@ -116,6 +116,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Write the texts, show them, and leave them in the run's folder."""
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
+    if args.length < 0:
+        raise ValueError(f"--length must be at least 1, or 0 for data.block_size, got {args.length}")
     folder = find_checkpoint(args.checkpoint, "--checkpoint")
     checkpoint = load_checkpoint(folder)
     tokenizer = load_tokenizer(folder)

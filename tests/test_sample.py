@@ -89,6 +89,7 @@ def test_the_sampled_run_keeps_its_folder_to_itself(runs, tmp_path, config):
     (("--checkpoint", "nowhere"), "--checkpoint nowhere: no checkpoint there"),
     (("--checkpoint", "{diffusion}", "--prompt", "x" * 30), "--prompt has 30 tokens and --length is 24"),
     (("--checkpoint", "{diffusion}", "--num", "0"), "--num must be at least 1"),
+    (("--checkpoint", "{diffusion}", "--length", "-5"), "--length must be at least 1, or 0"),
     (("--checkpoint", "{causal}", "--html", "page.html"), "--html shows denoising steps"),
     (("--checkpoint", "{diffusion}", "denoise.step=4"), "did you mean denoise.steps?"),
     (("--checkpoint", "{diffusion}", "grpo.prompt_tokens=23"), "below data.block_size (24)"),
