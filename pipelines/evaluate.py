@@ -45,7 +45,7 @@ from grpo.mask_bias import saved_bias
 from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
-from pipelines.launch import checkpoint_config, launch, start_ray, worker_threads
+from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
@@ -243,11 +243,10 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     checkpoints = {"model": find_checkpoint(args.checkpoint, "--checkpoint")}
     if args.base:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
-    name = config.run.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
-    folder = Path(config.run.output).absolute() / name
+    folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
-    with Display() as display, Tracker(config.tracking, folder, name, config=to_dict(config)) as tracker:
+    with Display() as display, Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
         dataset = prepare(config.data, config.run.cache)
         start_ray()
         display.note("training or loading the judge")

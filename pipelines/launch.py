@@ -5,6 +5,7 @@
 2. Environment variables that silence Ray and MLflow are set before either is imported, and never override the user's.
 3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
    finds `grpo`, `actors` and `pipelines` in its workers as well.
+4. A run's folder comes from `run_folder`, before anything long begins: what cannot be kept is not made.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import Config, RunSection
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -77,6 +79,30 @@ def worker_threads(requested: int, num_workers: int) -> int:
 def _config_file(name: str) -> Path:
     """A config by its path; one that is not there may come with the project, wherever that is installed."""
     return Path(name) if Path(name).exists() or not (ROOT / name).is_file() else ROOT / name
+
+
+def run_folder(run: RunSection, default: str) -> Path:
+    """The absolute folder of a run, named `default` unless `run.name` names it; nothing is made there yet.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    folder = Path(run.output).expanduser().absolute() / (run.name or default)
+    try:
+        _try_to_write(folder)
+    except OSError as error:
+        raise ValueError(f"run.output: cannot write to {folder} ({error.strerror}): choose another folder") from None
+    return folder
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write where the folder is, or where what there is of its path ends."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileNotFoundError:
+        if folder.is_symlink():  # which leads nowhere
+            raise
+        _try_to_write(folder.parent)
 
 
 def checkpoint_config(args: argparse.Namespace) -> Config:

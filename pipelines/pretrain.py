@@ -38,7 +38,7 @@ from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
 from pipelines.figures import pretrain_figure, series
-from pipelines.launch import launch, start_ray
+from pipelines.launch import launch, run_folder, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
@@ -201,11 +201,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    name = config.run.name or f"pretrain-{config_hash(config)}"
-    folder = Path(config.run.output).absolute() / name
+    folder = run_folder(config.run, f"pretrain-{config_hash(config)}")
     pretrain(config, folder=folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    summary_table(f"pretrain {name}", [[key, value] for key, value in summary.items()], ["", "value"])
+    summary_table(f"pretrain {folder.name}", [[key, value] for key, value in summary.items()], ["", "value"])
     shows = f"sample.py --checkpoint {folder / 'best'}" if config.pretrain.mode == "generator" else "grpo.py"
     print(f"model    {folder / 'best'}\nsummary  {folder / 'summary.json'}\n"
           f"curves   mlflow ui --backend-store-uri {tracking_uri(config.tracking, config.run.output)}\n"

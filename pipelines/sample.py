@@ -44,7 +44,7 @@ from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.tokenizer import Tokenizer
-from pipelines.launch import checkpoint_config, launch
+from pipelines.launch import checkpoint_config, launch, run_folder
 from pipelines.live_view import Recorder, counts, legend, render, write_page
 
 SAMPLE_STREAM = 41
@@ -127,6 +127,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--checkpoint {args.checkpoint} is a {model.mode}, which writes no text; give a generator's")
     if args.html and model.trunk.causal:
         raise ValueError("--html shows denoising steps, which a causal checkpoint does not have")
+    run = run_folder(config.run, f"sample-{config_hash(config, str(folder), args.prompt)}")
     console = Console()
     prompt = prompt_tokens(args.prompt, tokenizer, args.length or config.data.block_size).to(device)
     start = time.perf_counter()
@@ -138,7 +139,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     written = [tokenizer.decode(row) for row in texts]
     for number, text in enumerate(written, start=1):
         console.print(Panel(Text(text), title=f"{number} of {args.num}", title_align="left"))
-    run = Path(config.run.output) / (config.run.name or f"sample-{config_hash(config, str(folder), args.prompt)}")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.yaml")
     summary = {"checkpoint": str(folder), "prompt": args.prompt, "texts": written, "num_tokens": texts.numel(),

@@ -124,6 +124,19 @@ def test_an_installed_project_runs_from_any_folder_with_its_own_configs(installe
         assert done.returncode == code and said in (done.stderr if code else done.stdout)
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_folder_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    options = ["--checkpoint", str(checkpoint)] if name in LOOKING else []
+    bad = (["run.output=file"], ["run.output=file/deeper"], ["run.output=link"], ["run.output=.", "run.name=file"])
+    for settings in bad if name == "sample" else bad[:1]:
+        done = start([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *options, *settings], tmp_path)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: run.output: cannot write to {tmp_path}")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
 def free_ports(count):
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
