@@ -39,13 +39,15 @@ def _one_line(error: Exception, origin: str, likely: str = "") -> str:
     return f"{origin}: {key}: {first}" if key else f"{origin}: {first}"
 
 
-def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the YAML file, then `section.key=value` overrides.
+def load_config(
+    path: str | Path | None = None, overrides: list[str] | None = None, base: Config | None = None
+) -> Config:
+    """Defaults (or `base`), then the YAML file, then `section.key=value` overrides.
 
     Raises:
         ValueError: one line naming file or override, key and remedy.
     """
-    tree = OmegaConf.structured(Config)
+    tree = OmegaConf.structured(base or Config)
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"config file {path} does not exist; see configs/ for those that come with the project")

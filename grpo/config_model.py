@@ -39,7 +39,8 @@ class RunSection:
         check(0 <= self.seed < 1 << 32, "run.seed", "between 0 and 2^32 - 1", self.seed)
         check(self.timeout_s > 0, "run.timeout_s", "positive", self.timeout_s)
         check(self.threads >= 0, "run.threads", "0 (automatic) or more", self.threads)
-        check("/" not in self.name, "run.name", "a plain folder name without '/'", self.name)
+        plain = "/" not in self.name and self.name not in (".", "..")
+        check(plain, "run.name", "a folder's name: without '/', and neither '.' nor '..'", self.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@
     python pipelines/evaluate.py --checkpoint runs/NAME --base BASE 'evaluation.temperature=[0.8,1.0,1.2]' \
         'evaluation.steps=[4,8,16]' 'evaluation.sampler=[false,true]'
 
-    runs/NAME/summary.json   every row     runs/NAME/figures/frontier.png   quality against diversity
+    runs/evaluate-HASH/summary.json          every row; `run.name` on the command line names the folder
+    runs/evaluate-HASH/figures/frontier.png  quality against diversity
 
 1. Prompts and natural references are fixed windows of the validation split. The judge is trained on the `judge` split,
    and held-out n-grams come from there too; the discriminator has only ever seen `train`.
@@ -45,7 +46,7 @@ from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
-from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
@@ -252,17 +253,13 @@ def measure_grid(
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     import ray
 
-    from pipelines.sample import resolve_config
-
     checkpoints = {"model": find_checkpoint(args.checkpoint, "--checkpoint")}
-    config = resolve_config(load_checkpoint(checkpoints["model"]), config, args)
     if args.base:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
-    name = args.name or f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}"
-    folder = Path(config.run.output).absolute() / name
+    folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
-    with Display() as display, Tracker(config.tracking, folder, name, config=to_dict(config)) as tracker:
+    with Display() as display, Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
         dataset = prepare(config.data, config.run.cache)
         start_ray()
         display.note("training or loading the judge")
@@ -295,8 +292,7 @@ def _label(row: dict[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run's folder")
     parser.add_argument("--base", default="", help="another checkpoint to measure beside it, such as its base")
-    parser.add_argument("--name", default="", help="folder below run.output for summary.json; default: named by a hash")
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, arguments=add_arguments)
+    launch(main, __doc__, base=checkpoint_config, arguments=add_arguments)

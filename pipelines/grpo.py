@@ -48,7 +48,7 @@ from grpo.run_checkpoints import find_checkpoint
 from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import check_enough, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
-from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.launch import launch, run_folder, start_ray, worker_threads
 from pipelines.placement import check_fits, placed
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
@@ -74,8 +74,7 @@ class Paths:
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
-    name = config.run.name or f"grpo-{config_hash(config)}"
-    folder = Path(config.run.output).absolute() / name
+    folder = run_folder(config.run, f"grpo-{config_hash(config)}")
     config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
     with alone(folder), Display() as display:
         paths, config = _prepare(config, display)
@@ -83,7 +82,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         save_config(config, folder / "config.yaml")
         meta = open_dataset(paths.dataset).meta
         with Tracker(
-            config.tracking, folder, name, config=to_dict(config), start_step=newest_round(folder) + 1
+            config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_round(folder) + 1
         ) as tracker:
             tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)

@@ -5,6 +5,7 @@
 2. Environment variables that silence Ray and MLflow are set before either is imported, and never override the user's.
 3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
    finds `grpo`, `actors` and `pipelines` in its workers as well.
+4. A run's folder comes from `run_folder`, before anything long begins: what cannot be kept is not made.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import argparse
 import os
 import socket
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from grpo.config import Config, RunSection
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -93,26 +97,73 @@ def _config_file(name: str) -> Path:
     return Path(name) if Path(name).exists() or not (ROOT / name).is_file() else ROOT / name
 
 
+def run_folder(run: RunSection, default: str) -> Path:
+    """The absolute folder of a run, named `default` unless `run.name` names it; nothing is made there yet.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    folder = Path(run.output).expanduser().absolute() / (run.name or default)
+    try:
+        _try_to_write(folder)
+    except OSError as error:
+        raise ValueError(f"run.output: cannot write to {folder} ({error.strerror}): choose another folder") from None
+    return folder
+
+
+def _try_to_write(folder: Path) -> None:
+    """Write where the folder is, or where what there is of its path ends."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except FileNotFoundError:
+        if folder.is_symlink():  # which leads nowhere
+            raise
+        _try_to_write(folder.parent)
+
+
+def checkpoint_config(args: argparse.Namespace) -> Config:
+    """The config that `--checkpoint` was made with."""
+    from grpo.checkpoint import load_checkpoint
+    from grpo.config_file import from_dict
+    from grpo.run_checkpoints import find_checkpoint
+
+    folder = find_checkpoint(args.checkpoint, "--checkpoint")
+    return from_dict(load_checkpoint(folder).config, f"config of {folder}")
+
+
 def launch(
-    main: Callable[[Any, argparse.Namespace], Any],
+    main: Callable[[Config, argparse.Namespace], Any],
     description: str,
     *,
     default: str = "configs/tiny.yaml",
+    base: Callable[[argparse.Namespace], Config] | None = None,
     arguments: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """Parse the command line, run `main(config, args)`, exit with 0, or with 2 after one line for a user's mistake."""
+    """Parse the command line, run `main(config, args)`, exit with 0, or with 2 after one line for a user's mistake.
+
+    Args:
+        default: file that the config starts from without `--config`.
+        base: what it starts from instead, in a pipeline that looks at another run. That run's `run.name` is not taken
+            over, wherever the config comes from: the folder belongs to that run.
+        arguments: adds the pipeline's own.
+    """
     quiet()
     from grpo.config_file import load_config, to_dict
 
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
-    parser.add_argument("--config", default=None, help=f"YAML file (default: {default}, which comes with the project)")
+    starts = "the checkpoint's own config" if base else f"{default}, which comes with the project"
+    parser.add_argument("--config", default=None, help=f"YAML file (default: {starts})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for example grpo.group_size=16")
     if arguments:
         arguments(parser)
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(_config_file(args.config or default), args.overrides)
+        if base and not args.config:
+            file, start = None, base(args)
+        else:
+            file, start = _config_file(args.config or default), None
+        config = load_config(file, ["run.name=''", *args.overrides] if base else args.overrides, start)
         if args.print_config:
             import yaml
 

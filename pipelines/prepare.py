@@ -38,7 +38,7 @@ from grpo.data import Dataset, open_dataset
 from grpo.shards import FORMAT, SPLITS, finish_dataset, partial_folder, write_piece
 from grpo.sources import PART_BYTES, Part, plan_parts, read_part, source_digests
 from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer
-from pipelines.launch import launch, start_ray
+from pipelines.launch import launch, run_folder, start_ray
 
 SAMPLE_PLACES = 16
 
@@ -148,9 +148,9 @@ def split_table(dataset: Dataset) -> Table:
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
+    run = run_folder(config.run, f"prepare-{config_hash(config.data)}")
     folder = prepare(config.data, config.run.cache)
     dataset = open_dataset(folder)
-    run = Path(config.run.output) / (config.run.name or f"prepare-{config_hash(config.data)}")
     run.mkdir(parents=True, exist_ok=True)
     summary = {"folder": str(folder), "seconds": round(time.monotonic() - started, 2), "splits": dataset.meta["splits"],
                "tokenizer": dataset.meta["tokenizer"], "sources": dataset.meta["sources"]}

@@ -33,12 +33,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from grpo.config import Config
+from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import pretrain_figure, series
-from pipelines.launch import launch, start_ray
+from pipelines.launch import launch, run_folder, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
@@ -74,13 +74,22 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
         folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
     with alone(folder):
         check_same(folder, decides)
-        if not ((folder / "summary.json").exists() and (folder / "best").exists()):
+        if not _is_over(folder, config.pretrain):
             save_config(config, folder / "config.yaml")
             with contextlib.nullcontext(display) if display else Display() as shown:
                 figures = _fit_and_track(config, dataset, folder, shown)
             summary = {"mode": config.pretrain.mode, **figures, "wall_s": time.monotonic() - started}
             write_json(folder / "summary.json", summary)
     return folder / "best"
+
+
+def _is_over(folder: Path, settings: PretrainSection) -> bool:
+    """Whether the model is there with the summary of this training: another pipeline's has no mode and steps."""
+    summary = folder / "summary.json"
+    if not (summary.exists() and (folder / "best").exists()):
+        return False
+    figures = json.loads(summary.read_text(encoding="utf-8"))
+    return (figures.get("mode"), figures.get("steps")) == (settings.mode, settings.steps)
 
 
 def what_decides(config: Config, dataset: Path) -> dict[str, Any]:
@@ -192,11 +201,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    name = config.run.name or f"pretrain-{config_hash(config)}"
-    folder = Path(config.run.output).absolute() / name
+    folder = run_folder(config.run, f"pretrain-{config_hash(config)}")
     pretrain(config, folder=folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    summary_table(f"pretrain {name}", [[key, value] for key, value in summary.items()], ["", "value"])
+    summary_table(f"pretrain {folder.name}", [[key, value] for key, value in summary.items()], ["", "value"])
     shows = f"sample.py --checkpoint {folder / 'best'}" if config.pretrain.mode == "generator" else "grpo.py"
     print(f"model    {folder / 'best'}\nsummary  {folder / 'summary.json'}\n"
           f"curves   mlflow ui --backend-store-uri {tracking_uri(config.tracking, config.run.output)}\n"

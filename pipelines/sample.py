@@ -2,7 +2,8 @@
 
     python pipelines/sample.py --checkpoint runs/NAME --prompt "The" denoise.steps=8 --live --html text.html
 
-1. The checkpoint's own config is the default of every setting; `--config` replaces it, overrides change single values.
+1. The checkpoint's own config is the default of every setting but `run.name`; `--config` replaces it, overrides change
+   single values. Texts and settings go to `runs/sample-HASH`, or to the `run.name` of the command line.
 2. Bidirectional checkpoints denoise (`grpo/denoise.py`), causal ones continue token by token (`grpo/autoregress.py`)
    and have no steps to watch.
 3. `--live` shows the first text; the page of `--html` holds all of them.
@@ -21,7 +22,6 @@ if __name__ == "__main__":  # `python pipelines/sample.py` puts pipelines/ first
 import argparse
 import contextlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,10 +34,10 @@ from rich.text import Text
 from torch import Tensor
 
 from grpo.autoregress import generate
-from grpo.checkpoint import Checkpoint, load_checkpoint, load_model, load_tokenizer
+from grpo.checkpoint import load_checkpoint, load_model, load_tokenizer
 from grpo.completion import load_remasking_model
 from grpo.config import Config
-from grpo.config_file import config_hash, from_dict, load_config, save_config
+from grpo.config_file import config_hash, save_config
 from grpo.denoise import StepRecord, denoise
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
@@ -45,23 +45,13 @@ from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.tokenizer import Tokenizer
-from pipelines.launch import launch
+from pipelines.launch import checkpoint_config, launch, run_folder
 from pipelines.live_view import Recorder, counts, legend, render, write_page
 
 SAMPLE_STREAM = 41
 """Keeps this pipeline's noise apart from that of rollouts and evaluation."""
 START = "\n"
 """What a causal model continues when no prompt is given."""
-
-
-def resolve_config(checkpoint: Checkpoint, given: Config, args: argparse.Namespace) -> Config:
-    """The checkpoint's own config unless `--config` names another, with the command line's overrides."""
-    if args.config:
-        return given
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        save_config(from_dict(checkpoint.config), path)
-        return load_config(path, args.overrides)
 
 
 def prompt_tokens(text: str, tokenizer: Tokenizer, length: int) -> Tensor:
@@ -127,9 +117,10 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """Write the texts, show them, and leave them in the run's folder."""
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
+    if args.length < 0:
+        raise ValueError(f"--length must be at least 1, or 0 for data.block_size, got {args.length}")
     folder = find_checkpoint(args.checkpoint, "--checkpoint")
     checkpoint = load_checkpoint(folder)
-    config = resolve_config(checkpoint, config, args)
     tokenizer = load_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, device=device).eval()
@@ -137,6 +128,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--checkpoint {args.checkpoint} is a {model.mode}, which writes no text; give a generator's")
     if args.html and model.trunk.causal:
         raise ValueError("--html shows denoising steps, which a causal checkpoint does not have")
+    run = run_folder(config.run, f"sample-{config_hash(config, str(folder), args.prompt)}")
     console = Console()
     prompt = prompt_tokens(args.prompt, tokenizer, args.length or config.data.block_size).to(device)
     start = time.perf_counter()
@@ -148,7 +140,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     written = [tokenizer.decode(row) for row in texts]
     for number, text in enumerate(written, start=1):
         console.print(Panel(Text(text), title=f"{number} of {args.num}", title_align="left"))
-    run = Path(config.run.output) / (config.run.name or f"sample-{config_hash(config, str(folder), args.prompt)}")
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.yaml")
     summary = {"checkpoint": str(folder), "prompt": args.prompt, "texts": written, "num_tokens": texts.numel(),
@@ -176,4 +167,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, __doc__, arguments=add_arguments)
+    launch(main, __doc__, base=checkpoint_config, arguments=add_arguments)

@@ -41,7 +41,7 @@ from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import check_enough, fit_judge, measure_natural
-from pipelines.launch import launch, start_ray
+from pipelines.launch import launch, run_folder, start_ray
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
 from pipelines.pretrain_loop import read_curve
@@ -59,10 +59,9 @@ COLUMNS = ("val_bpb", "p_mask_settled_step", "p_mask_overshoot", "critic_auroc",
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    name = config.run.name or f"sweep-{config_hash(config)}"
     check_space(config)
     check_objective(config)
-    folder = Path(config.run.output).absolute() / name
+    folder = run_folder(config.run, f"sweep-{config_hash(config)}")
     placed = replace(
         config,
         run=replace(config.run, output=str(folder.parent), cache=str(Path(config.run.cache).expanduser().absolute())),
@@ -72,7 +71,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         shared = _prepare(placed, folder, display)
         check_same(folder, _what_decides(shared), begun=bool(read_trials(folder)))
         save_config(config, folder / "config.yaml")
-        with Tracker(placed.tracking, folder, name, config=to_dict(config)) as tracker:
+        with Tracker(placed.tracking, folder, folder.name, config=to_dict(config)) as tracker:
             meta = open_dataset(shared.dataset).meta
             tracker.dataset(shared.dataset.name, shared.dataset.name, config.data.source, meta["splits"])
             _search(replace(shared, mlflow_run=tracker.run_id), display)

@@ -36,6 +36,8 @@ def test_overrides_win_over_the_file(tmp_path):
         ("grpo.grad_clip=0", ["grpo.grad_clip must be positive"]),
         ("grpo.kl=.inf", ["grpo.kl must be finite, got inf"]),
         ("run.seed=-1", ["run.seed must be between 0 and"]),
+        ("run.name=..", ["run.name must be a folder's name", "got '..'"]),
+        ("run.name=a/b", ["run.name must be a folder's name", "got 'a/b'"]),
         ("run.timeout_s=0", ["run.timeout_s must be positive"]),
         ("pretrain.warmup=-3", ["pretrain.warmup must be 0 or more"]),
         ("reward.replay_rounds=-1", ["reward.replay_rounds must be 0 or more"]),

@@ -61,7 +61,8 @@ def test_forwards_are_those_that_denoising_takes(policy):
 
 @pytest.mark.ray
 def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_session, tmp_path):
-    config = settings(f"run.cache={tmp_path / 'cache'}", f"run.output={tmp_path / 'runs'}")
+    config = settings(f"run.cache={tmp_path / 'cache'}", f"run.output={tmp_path / 'runs'}",
+                      "run.name=here", "evaluation.temperature=[0.02,1.0]", "evaluation.steps=[1,2]")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n} green bottles hanging on the wall, {n * n} in all." for n in range(400)))
     config = replace(config, data=replace(config.data, source=str(text)))
@@ -69,8 +70,7 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     for name in ("model", "base"):
         save_checkpoint(tmp_path / name, train_base(config, dataset)[0], config=to_dict(config),
                         tokenizer=dataset.tokenizer)
-    args = argparse.Namespace(checkpoint=str(tmp_path / "model"), base=str(tmp_path / "base"), name="here", config=None,
-                              overrides=["evaluation.temperature=[0.02,1.0]", "evaluation.steps=[1,2]"])
+    args = argparse.Namespace(checkpoint=str(tmp_path / "model"), base=str(tmp_path / "base"))
     main(config, args)
     summary = json.loads((tmp_path / "runs" / "here" / "summary.json").read_text())
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}

@@ -289,12 +289,12 @@ def test_two_workers_train_as_one_though_one_is_killed(ray_session, corpus, tmp_
 
 @pytest.mark.ray
 def test_sigterm_leaves_a_checkpoint_that_the_same_call_ends_and_the_next_finds(ray_session, corpus, tmp_path):
-    config = on_ray(CONFIG, corpus, tmp_path, steps=800, eval_every=400, checkpoint_every=20)
+    config = on_ray(CONFIG, corpus, tmp_path, steps=800, eval_every=100, checkpoint_every=20)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
     def terminate():
         wait_for(tmp_path / "cache", lambda: True)
-        while not list((tmp_path / "cache").glob("base-*/checkpoints/step-*")):
+        while not list((tmp_path / "cache").glob("base-*/best")):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -308,7 +308,9 @@ def test_sigterm_leaves_a_checkpoint_that_the_same_call_ends_and_the_next_finds(
     folder = next((tmp_path / "cache").glob("base-*"))
     assert 0 < newest_step(folder) < 800 and not (folder / "summary.json").exists()
 
+    (folder / "summary.json").write_text('{"texts": []}')  # another pipeline's does not end this one's work
     best = pretrain(config)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 800
     assert best == folder / "best" and load_model(best).mode == "language_model"
     assert load_checkpoint(best).config == to_dict(config)
     run(config, prepare(config.data, config.run.cache), tmp_path / "whole")

@@ -2,26 +2,28 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from grpo.checkpoint import save_checkpoint
-from grpo.config import Config, DataSection, DenoiseSection, ModelSection
-from grpo.config_file import load_config, to_dict
+from grpo.config import Config, DataSection, DenoiseSection, ModelSection, RunSection
+from grpo.config_file import load_config, save_config, to_dict
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = build_tokenizer("bytes")
+CONFIG = Config(run=RunSection(name="trained"), model=ModelSection(n_layer=1, n_head=2, n_embd=16),
+                data=DataSection(block_size=24), denoise=DenoiseSection(steps=3, remasking="auto"))
 
 
 def save(folder, **options):
     torch.manual_seed(0)
-    section = ModelSection(n_layer=1, n_head=2, n_embd=16, **options)
-    config = Config(model=section, data=DataSection(block_size=24), denoise=DenoiseSection(steps=3, remasking="auto"))
-    model = GPT(section, TOKENIZER.vocabulary, block_size=24)
+    config = replace(CONFIG, model=replace(CONFIG.model, **options))
+    model = GPT(config.model, TOKENIZER.vocabulary, block_size=24)
     save_checkpoint(folder, model, config=to_dict(config), tokenizer=TOKENIZER, state={"mask_bias": {"bias": 1.25}})
 
 
@@ -73,12 +75,24 @@ def test_causal_checkpoints_continue_token_by_token(runs, tmp_path):
     assert summary["num_tokens"] == 24 and all(text.startswith("Say: ") for text in summary["texts"])
 
 
+@pytest.mark.parametrize("config", ["the checkpoint's", "its run's file"])
+def test_the_sampled_run_keeps_its_folder_to_itself(runs, tmp_path, config):
+    save_config(CONFIG, tmp_path / "config.yaml")
+    arguments = [] if config == "the checkpoint's" else ["--config", "config.yaml"]
+    done = run(tmp_path, "--checkpoint", runs / "diffusion", "--num", 1, *arguments)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("sample-") and load_config(folder / "config.yaml").run.name == ""
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--checkpoint", "nowhere"), "--checkpoint nowhere: no checkpoint there"),
     (("--checkpoint", "{diffusion}", "--prompt", "x" * 30), "--prompt has 30 tokens and --length is 24"),
     (("--checkpoint", "{diffusion}", "--num", "0"), "--num must be at least 1"),
+    (("--checkpoint", "{diffusion}", "--length", "-5"), "--length must be at least 1, or 0"),
     (("--checkpoint", "{causal}", "--html", "page.html"), "--html shows denoising steps"),
     (("--checkpoint", "{diffusion}", "denoise.step=4"), "did you mean denoise.steps?"),
+    (("--checkpoint", "{diffusion}", "grpo.prompt_tokens=23"), "below data.block_size (24)"),
 ])
 def test_a_users_mistake_is_one_line_and_exit_code_2(runs, tmp_path, arguments, message):
     done = run(tmp_path, *(a.format(diffusion=runs / "diffusion", causal=runs / "causal") for a in arguments))

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from grpo.checkpoint import save_checkpoint
-from grpo.config import DataSection, ModelSection
+from grpo.config import Config, DataSection, GrpoSection, ModelSection, RunSection
+from grpo.config_file import to_dict
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 from pipelines.__main__ import pipelines
@@ -25,7 +26,8 @@ from pipelines.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINES = sorted(pipelines())
-NEEDED = {"sample": ["--checkpoint", "none"], "evaluate": ["--checkpoint", "none"]}
+LOOKING = ("sample", "evaluate")
+"""Pipelines that look at a checkpoint, whose config is their default."""
 TINY = ["data.block_size=16", "grpo.prompt_tokens=4", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
         "pretrain.batch_size=8", "pretrain.eval_rows=8", "pretrain.eval_every=10000", "run.threads=1"]
 
@@ -35,10 +37,33 @@ def start(command, folder, **environment):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small generator, made with a block that is longer than that of configs/tiny.yaml."""
+    folder, tokenizer = tmp_path_factory.mktemp("small"), build_tokenizer("bytes")
+    config = Config(run=RunSection(name="trained"), data=DataSection(block_size=256),
+                    model=ModelSection(n_layer=1, n_head=2, n_embd=16), grpo=GrpoSection(prompt_tokens=60))
+    model = GPT(config.model, tokenizer.vocabulary, block_size=256)
+    return save_checkpoint(folder / "checkpoint", model, config=to_dict(config), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_the_config_of_a_checkpoint_is_where_overrides_begin(name, checkpoint, tmp_path):
+    command = [sys.executable, str(ROOT / "pipelines" / f"{name}.py"), "--checkpoint", str(checkpoint)]
+    done = start([*command, "--print-config", "grpo.prompt_tokens=100"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    config = yaml.safe_load(done.stdout)
+    assert (config["data"]["block_size"], config["model"]["n_embd"], config["grpo"]["prompt_tokens"]) == (256, 16, 100)
+    assert config["run"]["name"] == ""  # the folder is the checkpoint's run's
+    done = start([*command, "--print-config", "grpo.prompt_tokens=300"], tmp_path)
+    assert done.returncode == 2 and "below data.block_size (256)" in done.stderr and done.stderr.count("\n") == 1
+    assert "default: the checkpoint's own config" in " ".join(start([*command, "--help"], tmp_path).stdout.split())
+
+
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_starts_as_a_script_and_as_a_module_from_any_folder(name, tmp_path):
+def test_a_pipeline_starts_as_a_script_and_as_a_module_from_any_folder(name, checkpoint, tmp_path):
     """`python pipelines/grpo.py` puts pipelines/ first on sys.path, where grpo.py would hide the package grpo."""
-    options = ["--print-config", "run.seed=7", *NEEDED.get(name, [])]
+    options = ["--print-config", "run.seed=7", *(["--checkpoint", str(checkpoint)] if name in LOOKING else [])]
     forms = [([str(ROOT / "pipelines" / f"{name}.py")], tmp_path), ([f"pipelines/{name}.py"], ROOT),
              (["-m", f"pipelines.{name}"], ROOT)]
     for arguments, folder in forms:
@@ -98,6 +123,19 @@ def test_an_installed_project_runs_from_any_folder_with_its_own_configs(installe
     for arguments, code, said in (([], 0, "pretrain"), (["pretain"], 2, "error: no pipeline pretain; there are ")):
         done = start([str(installed / "bin" / "grpo-diffusion"), *arguments], tmp_path, PYTHONPATH=str(installed))
         assert done.returncode == code and said in (done.stderr if code else done.stdout)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_folder_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    options = ["--checkpoint", str(checkpoint)] if name in LOOKING else []
+    bad = (["run.output=file"], ["run.output=file/deeper"], ["run.output=link"], ["run.output=.", "run.name=file"])
+    for settings in bad if name == "sample" else bad[:1]:
+        done = start([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *options, *settings], tmp_path)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: run.output: cannot write to {tmp_path}")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 def free_ports(count):
