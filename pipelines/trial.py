@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from grpo.config import Config
+from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
@@ -59,6 +59,8 @@ class Shared:
     """Reference of the base's published trunk."""
     entropy: float
     """Token entropy of natural text, nats."""
+    tracking: TrackingSection
+    """With the URI that the driver resolved."""
     mlflow_run: str | None
     """The sweep's run, of which those of the trials are children."""
     device: str
@@ -146,7 +148,7 @@ class Trial:
             section, _, name = key.partition(".")
             nested.setdefault(section, {})[name] = value
         self.tracker = self.open.enter_context(
-            Tracker(self.config.tracking, self.folder, self.folder.name, config=nested,
+            Tracker(self.shared.tracking, self.folder, self.folder.name, config=nested,
                     parent_run_id=self.shared.mlflow_run)
         )
         save_config(self.config, self.folder / "config.yaml")
@@ -168,7 +170,7 @@ class Trial:
             if row["step"] <= newest:
                 log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
         job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
-                                tracking=self.config.tracking, board=None, mlflow_run=None)
+                                tracking=self.shared.tracking, board=None, mlflow_run=None)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
         bound = {name: value for name, value in figures.items() if name.startswith(("val_", "critic_"))}
         return bound | settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
