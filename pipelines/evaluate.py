@@ -50,7 +50,7 @@ from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, w
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
-from pipelines.tracking import Tracker, tracking_uri
+from pipelines.tracking import Tracker
 
 VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
@@ -258,7 +258,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
     folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
     folder.mkdir(parents=True, exist_ok=True)
-    config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
     with Display() as display, Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
         dataset = prepare(config.data, config.run.cache)
         start_ray()

@@ -75,7 +75,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
     folder = run_folder(config.run, f"grpo-{config_hash(config)}")
-    config = replace(config, tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)))
     with alone(folder), Display() as display:
         paths, config = _prepare(config, display)
         check_same(folder, _what_decides(config, paths))
@@ -185,7 +184,8 @@ def _train_and_measure(
     }
     rows = {name: ray.get(task) for name, task in before.items()}
     with start_actors(config, paths) as job:
-        history = _fit(replace(job, folder=folder, mlflow_run=tracker.run_id), display)
+        tracking = replace(config.tracking, uri=tracker.uri)
+        history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
     display.note("measuring the trained model, then the base at the same token entropy")
     rows["final"] = ray.get(ray.remote(measure).remote(*what, folder / "final"))
     rows["base_matched"] = ray.get(ray.remote(measure).remote(*what, paths.base, rows["final"]["entropy"]))
@@ -268,6 +268,7 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
             mask_bias=(load_checkpoint(paths.base).state or {}).get("mask_bias"),
             generators=generators,
             rewards=rewards,
+            tracking=config.tracking,
             board=None,
             mlflow_run=None,
         )
@@ -327,7 +328,7 @@ def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary
         f"{'better' if gain > 0 else 'worse'}\n"
         f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
         f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
-        f"curves    mlflow ui --backend-store-uri {config.tracking.uri}\n"
+        f"curves    mlflow ui --backend-store-uri {tracking_uri(config.tracking, folder.parent)}\n"
         f"look      python pipelines/sample.py --checkpoint {folder / 'final'} --live"
     )
 

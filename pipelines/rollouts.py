@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from actors.learner import Learner
 from actors.trunk_store import Blueprint, to_tensors
-from grpo.config import Config
+from grpo.config import Config, TrackingSection
 from grpo.data import Batch, Cursor, open_dataset
 from pipelines.ranks import Ranks
 
@@ -42,6 +42,8 @@ class Job:
     """Handles of the generator actors, in the order of the prompts that they own."""
     rewards: list[Any]
     """Handles of the reward actors, one beside each generator."""
+    tracking: TrackingSection
+    """With the URI that the driver resolved."""
     board: Any
     """Handle of the `ProgressBoard` actor; None where nobody looks."""
     mlflow_run: str | None

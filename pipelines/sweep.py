@@ -65,13 +65,12 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     placed = replace(
         config,
         run=replace(config.run, output=str(folder.parent), cache=str(Path(config.run.cache).expanduser().absolute())),
-        tracking=replace(config.tracking, uri=tracking_uri(config.tracking, folder.parent)),
     )
     with alone(folder), Display() as display:
         shared = _prepare(placed, folder, display)
         check_same(folder, _what_decides(shared), begun=bool(read_trials(folder)))
         save_config(config, folder / "config.yaml")
-        with Tracker(placed.tracking, folder, folder.name, config=to_dict(config)) as tracker:
+        with Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
             meta = open_dataset(shared.dataset).meta
             tracker.dataset(shared.dataset.name, shared.dataset.name, config.data.source, meta["splits"])
             _search(replace(shared, mlflow_run=tracker.run_id), display)
@@ -160,6 +159,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         base=base,
         trunk=trunk,
         entropy=natural["entropy"],
+        tracking=replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output)),
         mlflow_run=None,
         device="cuda" if ray.cluster_resources().get("GPU") else "cpu",
     )

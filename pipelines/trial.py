@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from grpo.config import Config
+from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
@@ -66,6 +66,8 @@ class Shared:
     """Reference of the base's published trunk."""
     entropy: float
     """Token entropy of natural text, nats."""
+    tracking: TrackingSection
+    """With the URI that the driver resolved."""
     mlflow_run: str | None
     """The sweep's run, of which those of the trials are children."""
     device: str
@@ -152,7 +154,7 @@ class Trial:
             section, _, name = key.partition(".")
             nested.setdefault(section, {})[name] = value
         self.tracker = self.open.enter_context(
-            Tracker(self.config.tracking, self.folder, self.folder.name, config=nested,
+            Tracker(self.shared.tracking, self.folder, self.folder.name, config=nested,
                     parent_run_id=self.shared.mlflow_run)
         )
         save_config(self.config, self.folder / "config.yaml")
@@ -174,7 +176,7 @@ class Trial:
             if row["step"] <= newest:
                 log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
         job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
-                                tracking=self.config.tracking, board=None, mlflow_run=None)
+                                tracking=self.shared.tracking, board=None, mlflow_run=None)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
         figures |= settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
         return {name: figures[name] for name in PRETRAINED if name in figures}

@@ -79,4 +79,5 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     for key in (*SHOWN, "self_bleu", "c2st_ci95"):
         assert rows["model", 0.02, 2][key] == rows["base", 0.02, 2][key] and key in summary["natural"]
     assert rows["model", 0.02, 2]["entropy"] < rows["model", 1.0, 2]["entropy"]
+    assert load_config(tmp_path / "runs" / "here" / "config.yaml") == config
     assert (tmp_path / "runs" / "here" / "figures" / "frontier.png").stat().st_size > 10_000

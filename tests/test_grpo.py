@@ -24,7 +24,7 @@ from grpo.config import (
     RunSection,
     SamplerSection,
 )
-from grpo.config_file import save_config
+from grpo.config_file import from_dict, load_config, save_config
 from pipelines.grpo import main
 from pipelines.rounds import newest_round
 
@@ -101,6 +101,8 @@ def test_a_run_goes_from_text_to_figures(config, steady):
         assert final.trunk.state_dict()[name].equal(tensor), name
     assert not final.heads["lm"].weight.equal(base.heads["lm"].weight)
     assert newest_round(folder) == ROUNDS + WARMUP
+    for saved in (load_config(folder / "config.yaml"), from_dict(load_checkpoint(folder / "final").config)):
+        assert saved.tracking == config.tracking  # the store of this machine is not the next one's
 
 
 @pytest.mark.ray

@@ -23,7 +23,7 @@ from grpo.config import (
     RunSection,
     SweepSection,
 )
-from grpo.config_file import load_config, save_config, with_values
+from grpo.config_file import from_dict, load_config, save_config, with_values
 from pipelines.sweep import _own_bases, _searcher, best_trial, check_objective, check_space, main, read_trials
 from pipelines.trial import MEASURED, PRETRAINED, settling, trial_folder
 
@@ -108,6 +108,9 @@ def test_trials_are_nested_runs_with_the_swept_keys_as_params_and_no_step_twice(
             expected = {"pretrain/loss_unmask": range(1, 9), "kl": range(2, 5), "reward_accuracy": range(1, 5)}
             for name, steps in expected.items():
                 assert [point.step for point in client.get_metric_history(run.info.run_id, name)] == [*steps], name
+    for made in ("base/best", "final"):
+        saved = load_checkpoint(folder / "trials" / summary["best"]["trial"] / made)
+        assert from_dict(saved.config).tracking == config.tracking
 
 
 @pytest.mark.ray
