@@ -25,7 +25,7 @@ class ClusterSection:
     reward_gpus: float = 0.3
     """The same for its reward actors."""
     learner_gpus: float = 0.4
-    """GPUs booked for each rank's learner; at most 1."""
+    """GPUs booked for each rank's learner, and for each task that measures or trains the judge; at most 1."""
     share_gpu_trunk: bool = False
     """Actors of one GPU use one copy of the trunk by CUDA IPC (Ray Direct Transport, alpha), where grpo.trainable is
     heads; otherwise each has its own."""

@@ -234,19 +234,18 @@ def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor |
               batch_size: int = 64) -> float:
     """Negative log-likelihood, nats per token, of positions from `start` on under a causal model that sees the prompt.
 
-    Special ids are outside the softmax, as they are outside sampling.
+    Special ids are outside the softmax, as they are outside sampling. Rows are moved to the model's device.
 
     Args:
         model: causal `GPT`; `model(tokens)` are logits [B, T, V] of the next token.
         tokens: [B, T] int64, prompt and completion. start: first position that counts, at least 1.
     """
-    total, count = 0.0, 0
+    device, total, count = next(model.parameters()).device, 0.0, 0
     for first in range(0, len(tokens), batch_size):
-        rows = tokens[first: first + batch_size]
+        rows = tokens[first: first + batch_size].to(device)
         logits_BTV = model(rows)[:, start - 1: -1, : model.vocabulary.base_size].float()
-        real = torch.ones_like(rows[:, start:], dtype=torch.bool) if mask is None else mask[first: first + batch_size,
-                                                                                            start:]
-        nll = F.cross_entropy(logits_BTV[real], rows[:, start:][real], reduction="none")
+        real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask[first: first + batch_size].to(device)
+        nll = F.cross_entropy(logits_BTV[real[:, start:]], rows[:, start:][real[:, start:]], reduction="none")
         total += nll.double().sum().item()
         count += nll.numel()
     return total / count

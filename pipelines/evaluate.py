@@ -47,6 +47,7 @@ from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads
+from pipelines.placement import task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
@@ -80,7 +81,8 @@ def fit_judge(config: Config, dataset: Path) -> Path:
     try:
         verify_checkpoint(folder)
     except ValueError:
-        judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2), device=device)
         save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
     return folder
 
@@ -100,12 +102,13 @@ class Setting:
             Batch(other.tokens[rows], other.attention_mask[rows]) for rows in (slice(num), slice(num, None))
         )
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
-        self.judge = load_model(judge).eval()
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.judge = load_model(judge, device=self.device).eval()
         if checkpoint is not None:
             check_tokenizer(checkpoint, self.data.tokenizer, "checkpoint")
-            self.model = load_model(checkpoint).eval()
+            self.model = load_model(checkpoint, device=self.device).eval()
             self.mask_bias = saved_bias(load_checkpoint(checkpoint).state, config.mask_bias)
-            self.remasking_model = load_remasking_model(config.denoise)
+            self.remasking_model = load_remasking_model(config.denoise, device=self.device)
 
     def texts(self, temperature: float) -> Tensor:
         """[B, T] completions of the evaluation prompts."""
@@ -193,7 +196,7 @@ def _bound(setting: Setting) -> dict[str, float]:
     config = setting.config
     num = min(config.pretrain.eval_rows, config.evaluation.samples)
     rows = windows(setting.data, "validation", num, config.data.block_size, VALIDATION_WINDOWS_SEED)
-    figures = validation_bound(setting.model, rows, setting.data.bytes_per_token("validation"))
+    figures = validation_bound(setting.model, rows.to(setting.device), setting.data.bytes_per_token("validation"))
     return {"nelbo_bpb": figures["val_bpb"]}
 
 
@@ -227,7 +230,7 @@ def measure_grid(
     import ray
 
     settings = grid(config)
-    remote = ray.remote(measure)
+    remote = ray.remote(**task_options(config.cluster))(measure)
     tasks = {}
     for index, denoise in enumerate(settings):
         for name, checkpoint in checkpoints.items():
@@ -260,10 +263,12 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     with Display() as display, Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
         dataset = prepare(config.data, config.run.cache)
+        check_enough(config, dataset)
         start_ray()
         display.note("training or loading the judge")
-        judge = ray.get(ray.remote(fit_judge).remote(config, dataset))
-        natural = ray.remote(measure_natural).remote(config, dataset, judge)
+        task = ray.remote(**task_options(config.cluster))
+        judge = ray.get(task(fit_judge).remote(config, dataset))
+        natural = task(measure_natural).remote(config, dataset, judge)
         rows = measure_grid(config, dataset, judge, checkpoints, display)
         natural = ray.get(natural)
         save_config(config, folder / "config.yaml")

@@ -49,7 +49,7 @@ from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import check_enough, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads
-from pipelines.placement import check_fits, placed
+from pipelines.placement import check_fits, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
 from pipelines.progress import Display, follow, start_board, stop_on_signals
@@ -144,7 +144,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
-    judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
+    judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
     check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
@@ -176,19 +176,19 @@ def _train_and_measure(
     """Measure the base, train, measure again; returns the rounds' history and a row of figures per text."""
     import ray
 
-    what = (config, paths.dataset, paths.judge)
+    what, task = (config, paths.dataset, paths.judge), ray.remote(**task_options(config.cluster))
     display.note("measuring the base model")
     before = {
-        "natural": ray.remote(measure_natural).remote(*what),
-        "base": ray.remote(measure).remote(*what, paths.base),
+        "natural": task(measure_natural).remote(*what),
+        "base": task(measure).remote(*what, paths.base),
     }
-    rows = {name: ray.get(task) for name, task in before.items()}
+    rows = {name: ray.get(row) for name, row in before.items()}
     with start_actors(config, paths) as job:
         tracking = replace(config.tracking, uri=tracker.uri)
         history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
     display.note("measuring the trained model, then the base at the same token entropy")
-    rows["final"] = ray.get(ray.remote(measure).remote(*what, folder / "final"))
-    rows["base_matched"] = ray.get(ray.remote(measure).remote(*what, paths.base, rows["final"]["entropy"]))
+    rows["final"] = ray.get(task(measure).remote(*what, folder / "final"))
+    rows["base_matched"] = ray.get(task(measure).remote(*what, paths.base, rows["final"]["entropy"]))
     return history, {name: rows[name] for name in ("natural", "base", "base_matched", "final")}
 
 

@@ -4,6 +4,8 @@
    object store. Where nothing is booked for them, there is nothing to place, and Ray chooses the node.
 2. Inside a placement group (a trial of a sweep) actors take what that group holds.
 3. A demand that the cluster cannot meet is an error and no silent wait.
+4. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
+   holds GPUs then (pretraining, other such tasks) ends without it, so it waits at most for its turn.
 """
 
 from __future__ import annotations
@@ -38,6 +40,14 @@ def check_fits(cluster: ClusterSection, grpo: GrpoSection, total: dict[str, floa
                 f"cluster.{kind}_gpus must be at most {per_rank} or a multiple of it (the rank's rollout actors), "
                 f"got {each * per_rank:g}"
             )
+
+
+def task_options(cluster: ClusterSection) -> dict[str, float]:
+    """What `ray.remote` books for a task that measures or that trains the judge."""
+    import ray
+
+    on_gpu = bool(ray.cluster_resources().get("GPU"))
+    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=on_gpu).get("GPU", 0)}
 
 
 @contextmanager

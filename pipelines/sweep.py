@@ -42,6 +42,7 @@ from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import check_enough, fit_judge, measure_natural
 from pipelines.launch import launch, run_folder, start_ray
+from pipelines.placement import task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
 from pipelines.pretrain_loop import read_curve
@@ -142,7 +143,8 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
-    judge = ray.remote(num_cpus=1)(fit_judge).remote(config, dataset)
+    task = ray.remote(**task_options(config.cluster))
+    judge = task(fit_judge).remote(config, dataset)
     base = trunk = None
     if not _own_bases(config):
         base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
@@ -150,7 +152,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         trunk, config = (publish(model.trunk.state_dict()),), replace(config, model=model.model)
     display.note("waiting for the judge")
     judge = ray.get(judge)
-    natural = ray.get(ray.remote(num_cpus=1)(measure_natural).remote(config, dataset, judge))
+    natural = ray.get(task(measure_natural).remote(config, dataset, judge))
     return Shared(
         config=config,
         folder=folder,

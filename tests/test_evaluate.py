@@ -2,6 +2,7 @@ import argparse
 import json
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
-from pipelines.evaluate import SHOWN, forwards, grid, main
+from pipelines.evaluate import SHOWN, Setting, fit_judge, forwards, grid, main
 
 torch.set_num_threads(1)
 TINY = ["data.block_size=32", "grpo.prompt_tokens=8", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
@@ -57,6 +58,24 @@ def test_forwards_are_those_that_denoising_takes(policy):
     denoise(model, tokens, seeds=row_seeds(0, 1, 0, torch.arange(3)), steps=5, remasking=policy,
             remasking_model=classifier if policy == "model" else None)
     assert len(passes) == forwards(replace(config.denoise, steps=5), policy)
+
+
+def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, tmp_path):
+    config = settings(f"run.cache={tmp_path}")
+    documents = [f"{n} green bottles hanging on the wall, {n * n} in all." for n in range(400)]
+    dataset = make_dataset(documents, config.data, tmp_path / "data")
+    model, devices = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size), []
+    save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
+
+    def made(*_, device, **__):
+        devices.append(device)
+        return SimpleNamespace(eval=lambda: model, train=lambda: model, dataset=dataset, config=config)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("load_model", "load_remasking_model", "Judge"):
+        monkeypatch.setattr(f"pipelines.evaluate.{name}", made)
+    Setting(config, dataset.folder, fit_judge(config, dataset.folder), tmp_path / "model")
+    assert devices == ["cuda"] * 4  # the judge that trains; then the judge, the generator and its re-masking model
 
 
 @pytest.mark.ray

@@ -2,7 +2,7 @@ import pytest
 import ray
 
 from grpo.config import ClusterSection, GrpoSection
-from pipelines.placement import check_fits, placed
+from pipelines.placement import check_fits, placed, task_options
 
 GRPO = GrpoSection(num_workers=2, rollout_actors=4, prompts=8)
 
@@ -22,6 +22,12 @@ def test_a_demand_beyond_the_cluster_is_one_line_with_keys():
         check_fits(ClusterSection(), GRPO, {"CPU": 8.0, "GPU": 1.0})
     with pytest.raises(ValueError, match=r"cluster.generator_gpus must be at most 2 or a multiple of it .* got 3$"):
         check_fits(ClusterSection(generator_gpus=3), GRPO, {"CPU": 8.0, "GPU": 16.0})
+
+
+@pytest.mark.parametrize("resources, gpus", [({"CPU": 4.0}, 0), ({"CPU": 4.0, "GPU": 2.0}, 0.25)])
+def test_a_task_books_a_learners_share_where_the_cluster_has_gpus(monkeypatch, resources, gpus):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    assert task_options(ClusterSection(learner_cpus=2.0, learner_gpus=0.25)) == {"num_cpus": 1, "num_gpus": gpus}
 
 
 @pytest.mark.ray

@@ -167,7 +167,8 @@ class Bigram(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table = torch.tensor([[0.0, 1.0, 2.0, 50.0], [1.0, 0.0, 0.0, 50.0], [0.0, 0.0, 0.0, 50.0]])
+        table = torch.tensor([[0.0, 1.0, 2.0, 50.0], [1.0, 0.0, 0.0, 50.0], [0.0, 0.0, 0.0, 50.0]])
+        self.table = torch.nn.Parameter(table)
 
     def forward(self, tokens):
         return self.table[tokens]
@@ -182,6 +183,15 @@ def test_judge_counts_completion_tokens_and_excludes_special_ids():
     mask = torch.tensor([[True] * 4, [True, True, True, False]])
     expected = -(p[0, 2] + p[2, 1] + p[1, 0]) / 3
     assert judge_nll(Bigram(), tokens, 2, mask) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mask", [None, torch.arange(4) < torch.tensor([[4], [3]])], ids=["whole", "padded"])
+def test_a_judge_on_a_gpu_reads_texts_on_the_cpu(mask):
+    tokens = torch.tensor([[2, 0, 2, 1], [0, 1, 0, 0]])
+    expected = judge_nll(Bigram(), tokens, 2, mask)
+    assert judge_nll(Bigram().cuda(), tokens, 2, mask) == pytest.approx(expected, rel=1e-6)
 
 
 def test_report_measures_completions_only():
