@@ -148,7 +148,7 @@ def launch(
         arguments: adds the pipeline's own.
     """
     quiet()
-    from grpo.config_file import load_config, to_dict
+    from grpo.config_file import load_config, to_yaml
 
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     starts = "the checkpoint's own config" if base else f"{default}, which comes with the project"
@@ -165,9 +165,7 @@ def launch(
             file, start = _config_file(args.config or default), None
         config = load_config(file, ["run.name=''", *args.overrides] if base else args.overrides, start)
         if args.print_config:
-            import yaml
-
-            print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+            print(to_yaml(config), end="")
             return
         main(config, args)
     except ValueError as error:
