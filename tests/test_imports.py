@@ -29,6 +29,7 @@ ORDER = [
     "trunk",
     "model",
     "checkpoint",
+    "run_checkpoints",
     "gpt2",
     "corruption",
     "mask_bias",
