@@ -327,7 +327,7 @@ def test_mistakes_are_met_before_anything_starts(ray_session, corpus, tmp_path):
         pretrain(altered(config, eval_rows=10**6), folder=tmp_path / "runs" / "greedy")
     with pytest.raises(ValueError, match="pretrain.num_workers is 64, the cluster has 4 CPUs"):
         pretrain(altered(config, num_workers=64, batch_size=64), folder=tmp_path / "runs" / "many")
-    with pytest.raises(ValueError, match="nowhere is no checkpoint"):
+    with pytest.raises(ValueError, match="nowhere: no checkpoint there"):
         pretrain(altered(config, mode="sequence_scorer", teacher="nowhere"), folder=tmp_path / "runs" / "taught")
 
     (tmp_path / "runs/old/best").mkdir(parents=True)
