@@ -30,8 +30,8 @@ class ClusterSection:
     """Actors of one GPU use one copy of the trunk by CUDA IPC (Ray Direct Transport, alpha), where grpo.trainable is
     heads; otherwise each has its own."""
     placement: str = "PACK"
-    """Ray's strategy over nodes: `PACK` (as few as will do), `SPREAD`, or `STRICT_PACK` (one node). A reward actor
-    always stands beside its generator where anything is booked for them."""
+    """Ray's strategy over nodes: `PACK` (as few as will do), `SPREAD`, or `STRICT_PACK` (one node). The actors of a
+    rank always stand side by side where anything is booked for them."""
 
     def __post_init__(self) -> None:
         for kind in KINDS:

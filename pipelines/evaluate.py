@@ -47,7 +47,7 @@ from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads
-from pipelines.placement import at_once, task_options
+from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
@@ -251,7 +251,7 @@ def measure_grid(
 
     settings, options, tasks = grid(config), task_options(config.cluster), {}
     remote, total = ray.remote(**options)(measure), len(settings) * len(checkpoints) + 1  # natural text beside them
-    neighbors = min(total, at_once({"CPU": options["num_cpus"], "GPU": options["num_gpus"]})[1])
+    neighbors = min(total, at_once(node_resources(), {"CPU": options["num_cpus"], "GPU": options["num_gpus"]})[1])
     natural = ray.remote(**options)(measure_natural).remote(config, dataset, judge, neighbors=neighbors)
     for index, denoise in enumerate(settings):
         for name, checkpoint in checkpoints.items():

@@ -49,7 +49,7 @@ from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import check_enough, check_splits, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads
-from pipelines.placement import check_fits, placed, task_options
+from pipelines.placement import check_fits, node_resources, placed, task_options, where
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
 from pipelines.progress import Display, follow, start_board, stop_on_signals
@@ -140,8 +140,9 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     if config.denoise.remasking != "auto":
         _credits(config, config.denoise.remasking)
     start_ray()
-    check_fits(config.cluster, config.grpo, ray.cluster_resources())
-    display.note(f"data: {config.data.source}")
+    nodes = node_resources()
+    check_fits(config.cluster, config.grpo, nodes)
+    display.note(f"data: {config.data.source}; {where(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)

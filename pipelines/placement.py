@@ -1,9 +1,11 @@
 """Where the processes of the adversarial rounds go: what Ray books for each, and which of them share a node.
 
-1. A reward actor stands in one bundle of a placement group with its generator, so that rollouts stay in the node's
-   object store. Where nothing is booked for them, there is nothing to place, and Ray chooses the node.
+1. A rank's generators and reward actors stand in one bundle of a placement group, so that rollouts stay in the node's
+   object store and a fraction of a GPU is one GPU's. Where nothing is booked for them, there is nothing to place, and
+   Ray chooses the node.
 2. Inside a placement group (a trial of a sweep) actors take what that group holds.
-3. A demand that the cluster cannot meet is an error and no silent wait.
+3. A demand that the cluster cannot meet is an error and no silent wait. Ray looks for a node by the sum of its GPUs and
+   only there for one GPU that has enough left, the fullest first: fractions must be such that this cannot go wrong.
 4. What a task or a trial computes has no limit of time, so what it books is compared with the cluster before.
 5. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
    holds GPUs then (pretraining, other such tasks) ends without it, so it waits at most for its turn.
@@ -17,30 +19,85 @@ from typing import Any
 
 from grpo.config import ClusterSection, GrpoSection
 
+Resources = dict[str, float]
+EPSILON = 1e-6
 
-def check_fits(cluster: ClusterSection, grpo: GrpoSection, total: dict[str, float]) -> None:
-    """Raise a one-line ValueError where all ranks together need more than the cluster has.
+
+def node_resources() -> list[Resources]:
+    """What each living node has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def total(nodes: list[Resources], resource: str) -> float:
+    return sum(node.get(resource, 0.0) for node in nodes)
+
+
+def where(nodes: list[Resources], num_workers: int, key: str) -> str:
+    """What a run computes on, for the reader: a GPU that Ray does not see is otherwise missed by nobody.
 
     Args:
-        total: `ray.cluster_resources()`.
+        key: that sets `num_workers`.
     """
-    for resource, has in (("CPU", total.get("CPU", 0.0)), ("GPU", total.get("GPU", 0.0))):
-        booked = [cluster.booked(kind, on_gpu=bool(total.get("GPU"))) for kind in ("generator", "reward", "learner")]
+    gpus, cpus = total(nodes, "GPU"), total(nodes, "CPU")
+    return f"on {gpus:g} GPUs, {num_workers} of them used ({key})" if gpus else f"on {cpus:g} CPUs, without a GPU"
+
+
+def check_fits(cluster: ClusterSection, grpo: GrpoSection, nodes: list[Resources]) -> None:
+    """Raise a one-line ValueError where all ranks together need more than the cluster has."""
+    on_gpu = total(nodes, "GPU") > 0
+    for resource in ("CPU", "GPU"):
+        has = total(nodes, resource)
+        booked = [cluster.booked(kind, on_gpu=on_gpu) for kind in ("generator", "reward", "learner")]
         needed = grpo.num_workers * sum(each.get(resource, 0.0) for each in booked)
-        if needed > has + 1e-6:
+        if needed > has + EPSILON:
             keys = ", ".join(f"cluster.{kind}_{resource.lower()}s" for kind in ("generator", "reward", "learner"))
             raise ValueError(
                 f"{keys} must together be at most {has / grpo.num_workers:g} (the cluster has {has:g} {resource}s, "
                 f"grpo.num_workers is {grpo.num_workers}), got {needed / grpo.num_workers:g}"
             )
+    if on_gpu:
+        _check_gpus(cluster, grpo, [node["GPU"] for node in nodes if node.get("GPU")])
+
+
+def _check_gpus(cluster: ClusterSection, grpo: GrpoSection, gpus: list[float]) -> None:
+    """Every process gets a GPU, and every rank its own.
+
+    Args:
+        gpus: of each node that has some.
+    """
+    for kind in ("generator", "reward", "learner"):
+        if not getattr(cluster, f"{kind}_gpus"):
+            raise ValueError(f"cluster.{kind}_gpus must be above 0 where the cluster has GPUs, got 0")
     per_rank = grpo.rollout_actors // grpo.num_workers
-    for kind in ("generator", "reward") if total.get("GPU") else ():
-        each = cluster.booked(kind, per_rank=per_rank, on_gpu=True).get("GPU", 0.0)
+    for kind in ("generator", "reward"):
+        each = getattr(cluster, f"{kind}_gpus") / per_rank
         if each > 1 and each != int(each):  # Ray splits one GPU, never several
             raise ValueError(
                 f"cluster.{kind}_gpus must be at most {per_rank} or a multiple of it (the rank's rollout actors), "
                 f"got {each * per_rank:g}"
             )
+    actors, learner = cluster.generator_gpus + cluster.reward_gpus, cluster.learner_gpus
+    whole = abs(actors - round(actors)) < EPSILON
+    if actors > 1 and not whole:
+        raise ValueError(
+            f"cluster.generator_gpus and cluster.reward_gpus must together be at most 1, or whole GPUs, got {actors:g}"
+        )
+    if grpo.num_workers == 1:
+        return
+    rest = 1.0 if whole else 1 - actors
+    if not (whole or actors > 0.5 + EPSILON) or not rest / 2 + EPSILON < learner < rest + EPSILON:
+        raise ValueError(
+            "cluster.generator_gpus and cluster.reward_gpus must together be more than 0.5 of a GPU (or whole GPUs), "
+            "and cluster.learner_gpus more than half of what they leave of one: otherwise two of the "
+            f"{grpo.num_workers} ranks come to one GPU; got {actors:g} and {learner:g}"
+        )
+    if len(gpus) > 1 and cluster.placement == "PACK" and not whole and grpo.num_workers > min(gpus):
+        raise ValueError(
+            f"cluster.placement must be SPREAD where GPUs are shared and {grpo.num_workers} ranks are more than a node "
+            f"takes ({min(gpus):g} GPUs), got PACK"
+        )
 
 
 def task_options(cluster: ClusterSection) -> dict[str, float]:
@@ -49,27 +106,22 @@ def task_options(cluster: ClusterSection) -> dict[str, float]:
     Raises:
         ValueError: the cluster never has that much.
     """
-    import ray
-
-    total = ray.cluster_resources()
-    if total.get("CPU", 0) < 1:
-        raise ValueError(f"a measurement takes 1 CPU, the cluster has {total.get('CPU', 0):g}: add a node")
-    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=bool(total.get("GPU"))).get("GPU", 0)}
+    nodes = node_resources()
+    if total(nodes, "CPU") < 1:
+        raise ValueError(f"a measurement takes 1 CPU, the cluster has {total(nodes, 'CPU'):g}: add a node")
+    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=total(nodes, "GPU") > 0).get("GPU", 0)}
 
 
-def at_once(*bundles: dict[str, float]) -> tuple[int, int]:
+def at_once(nodes: list[Resources], *bundles: Resources) -> tuple[int, int]:
     """How many times the cluster holds all of these bundles at once; of those, how many its largest node has (1 or
     more).
     """
-    import ray
-
     needs = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for bundle in bundles for name in bundle}
 
-    def times(has: dict[str, float]) -> int:
-        return min(int(has.get(name, 0.0) / need + 1e-6) for name, need in needs.items() if need)
+    def times(has: Resources) -> int:
+        return min(int(has.get(name, 0.0) / need + EPSILON) for name, need in needs.items() if need)
 
-    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
-    return times(ray.cluster_resources()), max(1, *map(times, nodes))
+    return times({name: total(nodes, name) for name in needs}), max(1, *map(times, nodes))
 
 
 @contextmanager
@@ -81,25 +133,27 @@ def placed(cluster: ClusterSection, grpo: GrpoSection, *, on_gpu: bool, timeout_
 
     per_rank = grpo.rollout_actors // grpo.num_workers
     booked = [cluster.booked(kind, per_rank=per_rank, on_gpu=on_gpu) for kind in ("generator", "reward")]
-    bundle = {name: sum(each.get(name, 0.0) for each in booked) for name in {*booked[0], *booked[1]}}
-    group: Any = None
-    if bundle and get_current_placement_group() is None:
-        group = placement_group([bundle] * grpo.rollout_actors, strategy=cluster.placement)
-        if not group.wait(timeout_s):
-            remove_placement_group(group)
+    bundle = {name: per_rank * sum(each.get(name, 0.0) for each in booked) for name in {*booked[0], *booked[1]}}
+    around, own = get_current_placement_group(), None
+    if bundle and around is None:
+        own = placement_group([bundle] * grpo.num_workers, strategy=cluster.placement)
+        if not own.wait(timeout_s):
+            remove_placement_group(own)
             raise TimeoutError(
-                f"waited {timeout_s:.0f} s for {grpo.rollout_actors} places of {bundle} for the rollout actors "
+                f"waited {timeout_s:.0f} s for {grpo.num_workers} places of {bundle} for the rollout actors "
                 f"(cluster.placement is {cluster.placement}); Ray has {ray.available_resources()} left"
             )
 
-    def options(pair: int, mine: dict[str, float]) -> dict[str, Any]:
+    def options(pair: int, mine: Resources) -> dict[str, Any]:
         where: Any = "SPREAD" if cluster.placement == "SPREAD" and not bundle else "DEFAULT"
-        if group is not None:
-            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=pair)
+        if own is not None:
+            where = PlacementGroupSchedulingStrategy(own, placement_group_bundle_index=pair // per_rank)
+        elif bundle:  # "DEFAULT" would leave the group
+            where = PlacementGroupSchedulingStrategy(around)
         return {"num_cpus": mine.get("CPU", 0), "num_gpus": mine.get("GPU", 0), "scheduling_strategy": where}
 
     try:
         yield [tuple(options(pair, mine) for mine in booked) for pair in range(grpo.rollout_actors)]
     finally:
-        if group is not None:
-            remove_placement_group(group)
+        if own is not None:
+            remove_placement_group(own)

@@ -39,6 +39,7 @@ from grpo.data import Dataset, open_dataset, windows
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import pretrain_figure, series
 from pipelines.launch import launch, run_folder, start_ray
+from pipelines.placement import node_resources, total, where
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
@@ -129,10 +130,11 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    num_workers, resources = job.config.pretrain.num_workers, ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") else "CPU"
-    if num_workers > resources.get(kind, 0):
-        raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {resources.get(kind, 0):g} {kind}s")
+    num_workers, nodes = job.config.pretrain.num_workers, node_resources()
+    kind = "GPU" if total(nodes, "GPU") else "CPU"
+    if num_workers > total(nodes, kind):
+        raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
+    display.note(f"pretraining {where(nodes, num_workers, 'pretrain.num_workers')}")
     board = start_board()
     scratch = job.folder / "ray-train"
     trainer = TorchTrainer(

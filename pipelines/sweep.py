@@ -43,7 +43,7 @@ from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import check_enough, fit_judge, measure_natural
 from pipelines.launch import launch, run_folder, start_ray
-from pipelines.placement import at_once, check_fits, task_options
+from pipelines.placement import at_once, check_fits, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
 from pipelines.pretrain_loop import read_curve
@@ -151,7 +151,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
 
     start_ray()
     single = replace(config.grpo, num_workers=1, rollout_actors=1)
-    check_fits(config.cluster, single, ray.cluster_resources())
+    check_fits(config.cluster, single, node_resources())
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
@@ -177,7 +177,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         tracking=replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output)),
         mlflow_run=None,
         device="cuda" if on_gpu else "cpu",
-        neighbors=min(at_once(*_bundles(config, on_gpu))[1], num_trials(config.sweep)),
+        neighbors=min(at_once(node_resources(), *_bundles(config, on_gpu))[1], num_trials(config.sweep)),
     )
 
 
@@ -217,7 +217,7 @@ def _search(shared: Shared, display: Display) -> None:
             metric=sweep.objective,
             mode=sweep.mode,
             num_samples=_samples(sweep),
-            max_concurrent_trials=at_once(*bundles)[0],
+            max_concurrent_trials=at_once(node_resources(), *bundles)[0],
             search_alg=_searcher(shared.config, [trial["values"] for trial in known]),
             scheduler=ASHAScheduler(max_t=reports, grace_period=1, reduction_factor=2) if sweep.asha else None,
         ),
