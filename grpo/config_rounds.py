@@ -111,6 +111,8 @@ class GrpoSection:
     """What trains in the generator: `heads` over cached states of the frozen trunk; with `lora` also low-rank adapters
     of the trunk's linear layers (arXiv:2106.09685), with `all` the trunk itself, by replaying the trajectories. The
     reward model keeps the base's trunk."""
+    trunk_dtype: str = "float32"
+    """Of the published trunk; `bfloat16` halves it, for GPUs, where heads alone train. Heads stay float32."""
     lora_rank: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -163,6 +165,13 @@ class GrpoSection:
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
         one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
         one_of("grpo.trainable", self.trainable, ("heads", "lora", "all"))
+        one_of("grpo.trunk_dtype", self.trunk_dtype, ("float32", "bfloat16"))
+        check(
+            self.trunk_dtype == "float32" or self.trainable == "heads",
+            "grpo.trunk_dtype",
+            "float32 unless grpo.trainable is heads",
+            self.trunk_dtype,
+        )
         check(self.lora_rank >= 1, "grpo.lora_rank", "at least 1", self.lora_rank)
         check(self.lora_alpha > 0, "grpo.lora_alpha", "positive", self.lora_alpha)
         check(self.importance_cap > 0, "grpo.importance_cap", "positive", self.importance_cap)

@@ -38,10 +38,11 @@ from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model
 from grpo.completion import load_remasking_model
-from grpo.config import Config
+from grpo.config import Config, GrpoSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
 from grpo.lora import Trainable
+from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
@@ -209,6 +210,11 @@ def ending(actors: list[Any]) -> Iterator[None]:
             ray.kill(actor)
 
 
+def publish_trunk(base: GPT, grpo: GrpoSection) -> Any:
+    """Put a base model's trunk into the object store, in the rounds' dtype."""
+    return publish(base.trunk.to(getattr(torch, grpo.trunk_dtype)).state_dict())
+
+
 @contextmanager
 def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: int = 1) -> Iterator[Job]:
     """Publish trunk and heads, start the actors, and end them with the body.
@@ -231,7 +237,7 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
     policy_tokens, positions = _credits(config, remasking)
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
-    trunk = trunk or publish(base.trunk.state_dict())
+    trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
     common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors * neighbors), "device": device}

@@ -33,7 +33,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from actors.trunk_store import publish
 from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict, with_values
@@ -42,6 +41,7 @@ from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import check_enough, fit_judge, measure_natural
+from pipelines.grpo import publish_trunk
 from pipelines.launch import launch, run_folder, start_ray
 from pipelines.placement import at_once, check_fits, node_resources, task_options
 from pipelines.prepare import prepare
@@ -161,7 +161,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     if not _own_bases(config):
         base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
         model = load_model(base)
-        trunk, config = (publish(model.trunk.state_dict()),), replace(config, model=model.model)
+        trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
     display.note("waiting for the judge")
     judge = ray.get(judge)
     natural = ray.get(task(measure_natural).remote(config, dataset, judge))

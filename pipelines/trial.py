@@ -193,7 +193,8 @@ class Trial:
         """The rounds up to the end of a stretch; means of its rounds' figures."""
         if self.job is None:
             paths = Paths(dataset=self.shared.dataset, base=self.base, judge=self.shared.judge)
-            trunk = self.shared.trunk and self.shared.trunk[0]
+            same = self.config.grpo.trunk_dtype == self.shared.config.grpo.trunk_dtype
+            trunk = self.shared.trunk[0] if self.shared.trunk and same else None
             neighbors = self.shared.neighbors
             self.job = self.open.enter_context(start_actors(self.config, paths, trunk, neighbors=neighbors))
             self.logged = 0

@@ -69,6 +69,22 @@ def run(config, paths, folder, stop_at=None):
     return kept, load_checkpoint(latest_checkpoint(Path(folder) / "checkpoints")).tensors
 
 
+def test_a_trunk_in_bfloat16_stays_so_under_heads_in_float32(paths, tmp_path):
+    config = configure(trunk_dtype="bfloat16", rounds=2)
+    history, tensors = run(config, paths, tmp_path)
+    base = load_checkpoint(paths.base).tensors
+    assert len(history) == 2 + WARMUP and all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in history)
+    trunk = {name: tensor for name, tensor in base.items() if name.startswith("trunk.")}
+    final = load_model(tmp_path / "final")
+    for name, tensor in trunk.items():
+        kept = final.state_dict()[name]
+        assert kept.dtype == torch.bfloat16 and torch.equal(kept, tensor.bfloat16())
+    assert {parameter.dtype for parameter in final.heads.parameters()} == {torch.float32}
+    assert not torch.equal(final.heads["lm"].matrix, base["trunk.wte.weight"])
+    with pytest.raises(ValueError, match="grpo.trunk_dtype must be float32 unless grpo.trainable is heads, got 'bfl"):
+        configure(trunk_dtype="bfloat16", trainable="lora")
+
+
 @pytest.fixture(scope="module")
 def steady(paths, tmp_path_factory):
     """Undisturbed runs by staleness."""
