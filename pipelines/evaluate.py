@@ -46,10 +46,9 @@ from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
-from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads
+from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.placement import task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
 from pipelines.tracking import Tracker
 

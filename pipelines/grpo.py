@@ -48,10 +48,10 @@ from grpo.run_checkpoints import find_checkpoint
 from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import check_enough, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import grpo_figure, series
-from pipelines.launch import launch, run_folder, start_ray, worker_threads
+from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.placement import check_fits, placed, task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
+from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
 from pipelines.progress import Display, follow, start_board, stop_on_signals
 from pipelines.ranks import beside_main_thread
 from pipelines.rollouts import Job
