@@ -260,7 +260,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
     folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
     folder.mkdir(parents=True, exist_ok=True)
-    with Display() as display, Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
+    tracking = Tracker(config.tracking, folder, folder.name, config=to_dict(config), resumes=False)
+    with Display() as display, tracking as tracker:
         dataset = prepare(config.data, config.run.cache)
         check_enough(config, dataset)
         start_ray()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from benchmarks.adversarial import train_base
 from grpo.checkpoint import save_checkpoint
@@ -18,6 +19,7 @@ from grpo.noise import row_seeds
 from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
 from pipelines.evaluate import SHOWN, Setting, fit_judge, forwards, grid, main
+from pipelines.tracking import Tracker
 
 torch.set_num_threads(1)
 TINY = ["data.block_size=32", "grpo.prompt_tokens=8", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
@@ -90,7 +92,13 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
         save_checkpoint(tmp_path / name, train_base(config, dataset)[0], config=to_dict(config),
                         tokenizer=dataset.tokenizer)
     args = argparse.Namespace(checkpoint=str(tmp_path / "model"), base=str(tmp_path / "base"))
+    with Tracker(config.tracking, tmp_path / "runs" / "here", "here") as earlier:
+        earlier.log({"model/entropy": -1.0}, 0)
+        earlier_run = earlier.run_id
     main(config, args)
+    run_id = json.loads((tmp_path / "runs" / "here" / "mlflow.json").read_text())["run_id"]
+    first, *_ = MlflowClient(earlier.uri).get_metric_history(run_id, "model/entropy")
+    assert run_id != earlier_run and (first.step, first.value > 0) == (0, True)
     summary = json.loads((tmp_path / "runs" / "here" / "summary.json").read_text())
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
     assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))
