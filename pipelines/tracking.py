@@ -115,9 +115,6 @@ class Tracker:
         self._add({"do": "metrics", "rows": [[self._names(name), float(value), now, step]
                                              for name, value in metrics.items()]})
 
-    def tags(self, tags: Mapping[str, str]) -> None:
-        self._add({"do": "tags", "tags": {key: str(value)[:5000] for key, value in tags.items()}})
-
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file or folder, as it is when its turn comes."""
         self._add({"do": "artifact", "path": str(Path(path).resolve()), "folder": folder})
@@ -311,12 +308,10 @@ class Tracker:
                        f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); the run goes on")
 
     def _send_record(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         client, do = self._client, record["do"]
-        if do == "tags":
-            client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
-        elif do == "artifact":
+        if do == "artifact":
             path = Path(record["path"])
             if path.is_dir():
                 client.log_artifacts(self._run_id, str(path), record["folder"] or None)
