@@ -18,7 +18,8 @@ from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
-from pipelines.evaluate import SHOWN, Setting, fit_judge, forwards, grid, main
+from pipelines.evaluate import SHOWN, Setting, fit_judge, forwards, grid, main, measure
+from pipelines.live_view import token_pieces
 from pipelines.tracking import Tracker
 
 torch.set_num_threads(1)
@@ -78,6 +79,35 @@ def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, t
         monkeypatch.setattr(f"pipelines.evaluate.{name}", made)
     Setting(config, dataset.folder, fit_judge(config, dataset.folder), tmp_path / "model")
     assert devices == ["cuda"] * 4  # the judge that trains; then the judge, the generator and its re-masking model
+
+
+@pytest.mark.parametrize("kind", ["critic", "no critic", "causal"])
+def test_the_watched_texts_are_the_first_of_those_measured(tmp_path, kind):
+    config = settings("data.layout=documents", "denoise.steps=3", f"model.critic={str(kind == 'critic').lower()}")
+    documents = [f"{n} green bottles hanging on the wall, {n * n} in all."[: 12 + n % 30] for n in range(400)]
+    dataset = make_dataset(documents, config.data, tmp_path / "data")
+    torch.manual_seed(0)
+    shape = config.model
+    if kind == "causal":
+        shape = replace(shape, attention="causal", sampler=False)
+    model = GPT(shape, dataset.vocabulary, block_size=config.data.block_size).eval()
+    save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
+    row = measure(config, dataset.folder, tmp_path / "model", tmp_path / "model", bound=False, watched=2)
+    if kind == "causal":
+        assert row["denoising"] == []
+        return
+    setting = Setting(config, dataset.folder, tmp_path / "model", tmp_path / "model")
+    texts, real = setting.texts(1.0)[:2], setting.natural.attention_mask[:2]
+    assert len(row["denoising"]) == 2 and not real.all()
+    for text, mask, found in zip(texts, real, row["denoising"], strict=True):
+        assert found["pieces"] == token_pieces(text[mask].tolist(), dataset.tokenizer)
+        assert found["steps"][:8] == [0] * 8 and set(found["steps"][8:]) <= {1, 2, 3}
+        assert len(found["steps"]) == mask.sum()
+        if kind == "critic":
+            alone = model.critic_scores(text[mask][None]).sigmoid()[0]
+            assert found["p_wrong"] == pytest.approx(alone.tolist(), abs=1e-5)
+        else:
+            assert found["p_wrong"] is None
 
 
 @pytest.mark.ray
