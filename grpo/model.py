@@ -170,6 +170,12 @@ class GPT(nn.Module):
         self._require("lm")
         self.heads["lm"].untie(residual)
 
+    @property
+    def residual(self) -> int:
+        """Width of the residual MLP in front of the lm head; 0: none."""
+        mlp = self.heads["lm"].residual if "lm" in self.heads else None
+        return mlp[0].out_features if mlp is not None else 0
+
     def freeze_trunk(self) -> None:
         """Stop gradients and dropout below the heads. A tied lm head is untied, for it would train the trunk."""
         if "lm" in self.heads:

@@ -28,7 +28,7 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 
 
 def find_checkpoint(path: str | Path, key: str) -> Path:
-    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint.
+    """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint; absolute.
 
     Args:
         key: the option that holds the path.
@@ -36,7 +36,7 @@ def find_checkpoint(path: str | Path, key: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path).expanduser().absolute()
     for finished in (folder, folder / "final", folder / "best"):
         if (finished / MANIFEST).is_file():
             return finished

@@ -38,7 +38,7 @@ from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete, load_remasking_model
-from grpo.config import Config, DenoiseSection
+from grpo.config import Config, DataSection, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
 from grpo.data import Batch, open_dataset, window_places, windows
@@ -50,7 +50,7 @@ from grpo.text_quality import judge_nll, quality_report, temperature_matching_en
 from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.live_view import Recorder, token_pieces
-from pipelines.placement import task_options
+from pipelines.placement import at_once, task_options
 from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
 from pipelines.tracking import Tracker
@@ -76,10 +76,10 @@ def check_enough(config: Config, dataset: Path) -> None:
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
-    """Train the judge, once per data and shape, into `run.cache`; returns its checkpoint. Runs as a Ray task."""
+    """Train the judge, once per data and shape, beside the data; returns its checkpoint. Runs as a Ray task."""
     wanted = judge_config(config)
     decides = config_hash(dataset.name, wanted.model, wanted.pretrain, config.run.seed)
-    folder = Path(config.run.cache).expanduser().absolute() / f"judge-{decides}"
+    folder = dataset.parent / f"judge-{decides}"
     try:
         verify_checkpoint(folder)
     except ValueError:
@@ -89,11 +89,28 @@ def fit_judge(config: Config, dataset: Path) -> Path:
     return folder
 
 
-class Setting:
-    """What one evaluation has in common: data, prompts, judge, and the generator's checkpoint."""
+def check_splits(checkpoint: Path, data: DataSection, key: str) -> None:
+    """Raise a ValueError that names the option `key` where a model was trained on other splits of the same source: it
+    would be measured on text that it knows.
+    """
+    trained = load_checkpoint(checkpoint).config.get("data", {})
+    for name in ("validation_fraction", "judge_fraction", "split_seed") if trained.get("source") == data.source else ():
+        if trained[name] != getattr(data, name):
+            raise ValueError(f"{key} {checkpoint} was trained with data.{name} {trained[name]} on this source, got "
+                             f"{getattr(data, name)}: it may know the text to measure by")
 
-    def __init__(self, config: Config, dataset: Path, judge: Path, checkpoint: Path | None) -> None:
-        torch.set_num_threads(worker_threads(config.run.threads, 2))
+
+class Setting:
+    """What one evaluation has in common: data, prompts, judge, and the generator's checkpoint.
+
+    Args:
+        neighbors: measurements that run at once on this machine, this one included.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Path, judge: Path, checkpoint: Path | None, *, neighbors: int = 1
+    ) -> None:
+        torch.set_num_threads(worker_threads(config.run.threads, neighbors))
         self.config, self.data, num = config, open_dataset(dataset), config.evaluation.samples
         block = config.data.block_size
         self.start = config.grpo.prompt_tokens
@@ -149,9 +166,9 @@ class Setting:
         )
 
 
-def measure_natural(config: Config, dataset: Path, judge: Path) -> dict[str, Any]:
+def measure_natural(config: Config, dataset: Path, judge: Path, *, neighbors: int = 1) -> dict[str, Any]:
     """The row of natural text: the true continuations, told apart from other natural text."""
-    setting = Setting(config, dataset, judge, None)
+    setting = Setting(config, dataset, judge, None, neighbors=neighbors)
     places = torch.stack([setting.other_places, setting.places])
     return setting.report(setting.natural.tokens, setting.other, places)
 
@@ -165,6 +182,7 @@ def measure(
     *,
     bound: bool = True,
     watched: int = 0,
+    neighbors: int = 1,
 ) -> dict[str, Any]:
     """The row of a generator, at `denoise.temperature` or at the temperature that gives a token entropy.
 
@@ -173,7 +191,7 @@ def measure(
         with `bound` also the NELBO, which is the model's and not the setting's; with `watched` how so many of the
         texts came to be, as `denoising_figure` takes them.
     """
-    setting = Setting(config, dataset, judge, checkpoint)
+    setting = Setting(config, dataset, judge, checkpoint, neighbors=neighbors)
     temperature = config.denoise.temperature
     if match_entropy is not None:
         temperature, *_ = temperature_matching_entropy(
@@ -261,17 +279,20 @@ def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
 
 def measure_grid(
     config: Config, dataset: Path, judge: Path, checkpoints: dict[str, Path], display: Display
-) -> list[dict[str, Any]]:
-    """A row for each model at each setting; models alternate, and a model's first row holds its bound."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The row of natural text, and one for each model at each setting; models alternate, and a model's first row holds
+    its bound.
+    """
     import ray
 
-    settings = grid(config)
-    remote = ray.remote(**task_options(config.cluster))(measure)
-    tasks = {}
+    settings, options, tasks = grid(config), task_options(config.cluster), {}
+    remote, total = ray.remote(**options)(measure), len(settings) * len(checkpoints) + 1  # natural text beside them
+    neighbors = min(total, at_once({"CPU": options["num_cpus"], "GPU": options["num_gpus"]})[1])
+    natural = ray.remote(**options)(measure_natural).remote(config, dataset, judge, neighbors=neighbors)
     for index, denoise in enumerate(settings):
         for name, checkpoint in checkpoints.items():
             at = replace(config, denoise=denoise)
-            tasks[remote.remote(at, dataset, judge, checkpoint, bound=not index)] = (name, denoise)
+            tasks[remote.remote(at, dataset, judge, checkpoint, bound=not index, neighbors=neighbors)] = (name, denoise)
     waiting, done = list(tasks), {}
     while waiting:
         display.phase("settings measured", len(done), len(tasks))
@@ -286,7 +307,7 @@ def measure_grid(
         what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
         length = config.data.block_size - config.grpo.prompt_tokens
         rows.append({"model": name, **what, "nfe": length if causal else forwards(denoise, policy), **done[task]})
-    return rows
+    return ray.get(natural), rows
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
@@ -301,13 +322,13 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     with Display() as display, tracking as tracker:
         dataset = prepare(config.data, config.run.cache)
         check_enough(config, dataset)
+        for key, checkpoint in checkpoints.items():
+            check_splits(checkpoint, config.data, key)
         start_ray()
         display.note("training or loading the judge")
         task = ray.remote(**task_options(config.cluster))
         judge = ray.get(task(fit_judge).remote(config, dataset))
-        natural = task(measure_natural).remote(config, dataset, judge)
-        rows = measure_grid(config, dataset, judge, checkpoints, display)
-        natural = ray.get(natural)
+        natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
         bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
         summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "nelbo_bpb": bounds,

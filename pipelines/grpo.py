@@ -46,14 +46,14 @@ from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
 from grpo.trajectory import credited_tokens, credits_positions
-from pipelines.evaluate import check_enough, fit_judge, measure, measure_natural, quality_table
+from pipelines.evaluate import check_enough, check_splits, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.placement import check_fits, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
 from pipelines.progress import Display, follow, start_board, stop_on_signals
-from pipelines.ranks import beside_main_thread
+from pipelines.ranks import beside_main_thread, reason_of, torch_config
 from pipelines.rollouts import Job
 from pipelines.rounds import newest_round, worker_loop
 from pipelines.tracking import Tracker, tracking_uri
@@ -152,10 +152,14 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
     check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
+    check_splits(base, config.data, "grpo.base")
     if shape.block_size != config.data.block_size:
         raise ValueError(
             f"grpo.base {base} was trained with data.block_size {shape.block_size}, got {config.data.block_size}"
         )
+    residual = shape.residual
+    if residual not in (0, config.grpo.residual):
+        raise ValueError(f"grpo.residual must be {residual}, as in grpo.base {base}, got {config.grpo.residual}")
     _credits(config, resolve_policy(config.denoise.remasking, shape, classifier))
     display.note("waiting for the judge")
     return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
@@ -183,10 +187,10 @@ def _train_and_measure(
     what, task = (config, paths.dataset, paths.judge), ray.remote(**task_options(config.cluster))
     display.note("measuring the base model")
     before = {
-        "natural": task(measure_natural).remote(*what),
-        "base": task(measure).remote(*what, paths.base),
+        "natural": task(measure_natural).remote(*what, neighbors=2),
+        "base": task(measure).remote(*what, paths.base, neighbors=2),
     }
-    rows = {name: ray.get(row) for name, row in before.items()}
+    rows = dict(zip(before, ray.get(list(before.values())), strict=True))
     with start_actors(config, paths) as job:
         tracking = replace(config.tracking, uri=tracker.uri)
         history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
@@ -209,11 +213,12 @@ def ending(actors: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Job]:
+def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: int = 1) -> Iterator[Job]:
     """Publish trunk and heads, start the actors, and end them with the body.
 
     Args:
         trunk: reference of a trunk that is published already; None: publish the base model's.
+        neighbors: runs like this one that share a machine, this one included.
     """
     import ray
 
@@ -225,14 +230,14 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None) -> Iterator[Jo
     remasking = resolve_policy(config.denoise.remasking, base, load_remasking_model(config.denoise))
     classifier = config.denoise.remasking_model if remasking == "model" else ""
     if classifier:
-        classifier = str(find_checkpoint(classifier, "denoise.remasking_model").absolute())
+        classifier = str(find_checkpoint(classifier, "denoise.remasking_model"))
     policy_tokens, positions = _credits(config, remasking)
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
     trunk = trunk or publish(base.trunk.state_dict())
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors), "device": device}
+    common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors * neighbors), "device": device}
     rolling = {
         "settings": config.denoise,
         "remasking": remasking,
@@ -291,6 +296,7 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": replace(job, board=board)},
+        torch_config=torch_config(job.config.run.timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.grpo.num_workers,
             use_gpu=on_gpu,
@@ -308,6 +314,11 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     try:
         with stop_on_signals(lambda: board.stop.remote()), news:
             result = beside_main_thread(trainer.fit).return_value
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(
+            f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}; the same command goes on "
+            f"after round {newest_round(job.folder)}"
+        ) from error
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from grpo.config import Config, RunSection
+from grpo.config_file import load_config, to_yaml, with_values
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -42,6 +43,8 @@ QUIET = {
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
 }
 ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = ("grpo.base", "pretrain.teacher", "denoise.remasking_model")
+"""Keys that hold the path of a checkpoint."""
 CONNECT_S = 5.0
 """Seconds that the cluster of RAY_ADDRESS has to answer a connection."""
 
@@ -86,12 +89,15 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 def worker_threads(requested: int, num_workers: int) -> int:
     """Torch threads of one of `num_workers` busy processes on this machine; `requested` > 0 wins."""
-    return requested or max(
-        1,
-        len(os.sched_getaffinity(0)) // num_workers
-        if hasattr(os, "sched_getaffinity")
-        else (os.cpu_count() or 1) // num_workers,
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return requested or max(1, cores // num_workers)
+
+
+def _located(config: Config) -> Config:
+    """With absolute paths of checkpoints: workers look for them from other folders."""
+    sections = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in CHECKPOINTS}
+    given = {key: str(Path(path).expanduser().absolute()) for key, path in sections.items() if path}
+    return with_values(config, given, "command line") if given else config
 
 
 def _config_file(name: str) -> Path:
@@ -157,8 +163,6 @@ def launch(
         arguments: adds the pipeline's own.
     """
     quiet()
-    from grpo.config_file import load_config, to_yaml
-
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     starts = "the checkpoint's own config" if base else f"{default}, which comes with the project"
     parser.add_argument("--config", default=None, help=f"YAML file (default: {starts})")
@@ -176,7 +180,7 @@ def launch(
         if args.print_config:
             print(to_yaml(config), end="")
             return
-        main(config, args)
+        main(_located(config), args)
     except ValueError as error:
         if os.environ.get("GRPO_TRACEBACK"):
             raise

@@ -4,7 +4,8 @@
    object store. Where nothing is booked for them, there is nothing to place, and Ray chooses the node.
 2. Inside a placement group (a trial of a sweep) actors take what that group holds.
 3. A demand that the cluster cannot meet is an error and no silent wait.
-4. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
+4. What a task or a trial computes has no limit of time, so what it books is compared with the cluster before.
+5. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
    holds GPUs then (pretraining, other such tasks) ends without it, so it waits at most for its turn.
 """
 
@@ -43,11 +44,32 @@ def check_fits(cluster: ClusterSection, grpo: GrpoSection, total: dict[str, floa
 
 
 def task_options(cluster: ClusterSection) -> dict[str, float]:
-    """What `ray.remote` books for a task that measures or that trains the judge."""
+    """What `ray.remote` books for a task that measures or that trains the judge.
+
+    Raises:
+        ValueError: the cluster never has that much.
+    """
     import ray
 
-    on_gpu = bool(ray.cluster_resources().get("GPU"))
-    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=on_gpu).get("GPU", 0)}
+    total = ray.cluster_resources()
+    if total.get("CPU", 0) < 1:
+        raise ValueError(f"a measurement takes 1 CPU, the cluster has {total.get('CPU', 0):g}: add a node")
+    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=bool(total.get("GPU"))).get("GPU", 0)}
+
+
+def at_once(*bundles: dict[str, float]) -> tuple[int, int]:
+    """How many times the cluster holds all of these bundles at once; of those, how many its largest node has (1 or
+    more).
+    """
+    import ray
+
+    needs = {name: sum(bundle.get(name, 0.0) for bundle in bundles) for bundle in bundles for name in bundle}
+
+    def times(has: dict[str, float]) -> int:
+        return min(int(has.get(name, 0.0) / need + 1e-6) for name, need in needs.items() if need)
+
+    nodes = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return times(ray.cluster_resources()), max(1, *map(times, nodes))
 
 
 @contextmanager

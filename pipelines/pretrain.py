@@ -41,7 +41,7 @@ from pipelines.launch import launch, run_folder, start_ray, write_json
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
-from pipelines.ranks import Ranks, beside_main_thread
+from pipelines.ranks import Ranks, beside_main_thread, reason_of, torch_config
 from pipelines.tracking import Tracker, tracking_uri
 
 MAX_FAILURES = 3
@@ -136,6 +136,7 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     scratch = job.folder / "ray-train"
     trainer = TorchTrainer(
         worker_loop, train_loop_config={"job": replace(job, board=board)},
+        torch_config=torch_config(job.config.run.timeout_s),
         scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU"),
         run_config=ray.train.RunConfig(
             name=f"fit-{time.time_ns()}", storage_path=str(scratch),
@@ -146,8 +147,8 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
         with stop_on_signals(lambda: board.stop.remote()), news:
             result = beside_main_thread(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(f"a pretraining worker died {MAX_FAILURES + 1} times; the same command goes on from step "
-                           f"{newest_step(job.folder)}") from error
+        raise RuntimeError(f"a pretraining worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}; "
+                           f"the same command goes on from step {newest_step(job.folder)}") from error
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,20 @@ def _data_parallel(module: nn.Module) -> nn.Module:
 def _all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return tensor
+
+
+def torch_config(timeout_s: float) -> Any:
+    """Ray Train's process group, whose waits end after `run.timeout_s`."""
+    from ray.train.torch import TorchConfig
+
+    return TorchConfig(timeout_s=math.ceil(timeout_s))
+
+
+def reason_of(error: Exception) -> str:
+    """The last line of what ended a worker, or the controller, of a `TrainingFailedError`."""
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
+    lines = str(next(filter(None, failures))).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def beside_main_thread(call: Callable[[], Any]) -> Any:

@@ -76,7 +76,8 @@ class Published:
         """The heads themselves, for a checkpoint."""
         import ray
 
-        heads = {name: to_tensors(ray.get(getattr(self, name))) for name in ("generator", "reward")}
+        generator, reward = map(to_tensors, ray.get([self.generator, self.reward]))
+        heads = {"generator": generator, "reward": reward}
         return {"round": self.round, "version": self.version, "mask_bias": self.mask_bias, **heads}
 
 

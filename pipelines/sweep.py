@@ -25,6 +25,7 @@ if __name__ == "__main__":  # `python pipelines/sweep.py` puts pipelines/ first,
 # ruff: noqa: E402
 import argparse
 import logging
+import math
 import os
 import shutil
 import time
@@ -42,7 +43,7 @@ from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import check_enough, fit_judge, measure_natural
 from pipelines.launch import launch, run_folder, start_ray, write_json
-from pipelines.placement import task_options
+from pipelines.placement import at_once, check_fits, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
@@ -107,6 +108,15 @@ def check_space(config: Config) -> None:
             with_values(config, {key: value}, "sweep.space")
 
 
+def num_trials(sweep: SweepSection) -> int:
+    """Trials of the whole sweep: all values of the grids, crossed, times what is drawn beside them."""
+    return _samples(sweep) * math.prod(len(values) for kind, values in sweep.ranges.values() if kind == "grid")
+
+
+def _samples(sweep: SweepSection) -> int:
+    return 1 if all(kind == "grid" for kind, _ in sweep.ranges.values()) else sweep.trials
+
+
 def check_objective(config: Config) -> None:
     """What chooses the best trial must be a figure of every report."""
     known = MEASURED + (PRETRAINED if _own_bases(config) else ())
@@ -140,6 +150,8 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     import ray
 
     start_ray()
+    single = replace(config.grpo, num_workers=1, rollout_actors=1)
+    check_fits(config.cluster, single, ray.cluster_resources())
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
@@ -153,6 +165,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     display.note("waiting for the judge")
     judge = ray.get(judge)
     natural = ray.get(task(measure_natural).remote(config, dataset, judge))
+    on_gpu = bool(ray.cluster_resources().get("GPU"))
     return Shared(
         config=config,
         folder=folder,
@@ -163,8 +176,15 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         entropy=natural["entropy"],
         tracking=replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output)),
         mlflow_run=None,
-        device="cuda" if ray.cluster_resources().get("GPU") else "cpu",
+        device="cuda" if on_gpu else "cpu",
+        neighbors=min(at_once(*_bundles(config, on_gpu))[1], num_trials(config.sweep)),
     )
+
+
+def _bundles(config: Config, on_gpu: bool) -> list[dict[str, float]]:
+    """What a trial books: the first is its own process's; its actors take the others."""
+    booked = [config.cluster.booked(kind, on_gpu=on_gpu) for kind in ("learner", "generator", "reward")]
+    return [each for each in booked if each]
 
 
 def _own_bases(config: Config) -> bool:
@@ -188,14 +208,7 @@ def _search(shared: Shared, display: Display) -> None:
     for noisy in ("ray.tune", "ray.train", "optuna"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # what a trial failed of is told by `_show`
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600"}
-    booked = [shared.config.cluster.booked(kind, on_gpu=shared.device == "cuda")
-              for kind in ("learner", "generator", "reward")]
-    bundles = [each for each in booked if each]  # the first is the trial's own process; its actors take the others
-    grids = [values for kind, values in sweep.ranges.values() if kind == "grid"]
-    total = 1
-    for values in grids:
-        total *= len(values)
-    samples = 1 if len(grids) == len(sweep.ranges) else sweep.trials
+    bundles = _bundles(shared.config, shared.device == "cuda")
     reports = sweep.stretches + 1
     tuner = tune.Tuner(
         tune.with_resources(_trainable(shared), tune.PlacementGroupFactory(bundles)),
@@ -203,7 +216,8 @@ def _search(shared: Shared, display: Display) -> None:
         tune_config=tune.TuneConfig(
             metric=sweep.objective,
             mode=sweep.mode,
-            num_samples=samples,
+            num_samples=_samples(sweep),
+            max_concurrent_trials=at_once(*bundles)[0],
             search_alg=_searcher(shared.config, [trial["values"] for trial in known]),
             scheduler=ASHAScheduler(max_t=reports, grace_period=1, reduction_factor=2) if sweep.asha else None,
         ),
@@ -214,7 +228,7 @@ def _search(shared: Shared, display: Display) -> None:
             stop={"training_iteration": reports},
             failure_config=tune.FailureConfig(max_failures=1),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial's folder is its checkpoint
-            callbacks=[_news(shared, display, samples * total)],
+            callbacks=[_news(shared, display, num_trials(sweep))],
         ),
     )
     try:

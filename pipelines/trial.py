@@ -71,6 +71,8 @@ class Shared:
     mlflow_run: str | None
     """The sweep's run, of which those of the trials are children."""
     device: str
+    neighbors: int
+    """Trials that run at once on one machine, this one included."""
 
 
 def trial_folder(sweep: Path, values: dict[str, Any]) -> Path:
@@ -107,7 +109,7 @@ class Trial:
             "reports": [],
         }
         write_json(self.folder / "trial.json", self.record)
-        torch.set_num_threads(worker_threads(self.config.run.threads, 2))
+        torch.set_num_threads(worker_threads(self.config.run.threads, shared.neighbors))
 
     def step(self) -> dict[str, float]:
         """The next report: figures so far, the first one after pretraining, then one after each stretch of rounds."""
@@ -133,7 +135,8 @@ class Trial:
             self._track()
         figures = self._rounds(self.reported) if self.reported else self._pretrain()
         newest = self.folder / "final" if self.reported else self.base
-        row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy)
+        row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy,
+                      neighbors=self.shared.neighbors)
         quality = {matched: row[name] for matched, name in zip(MEASURED, FIGURES, strict=True)}
         figures, quality = _finite(figures), _finite(quality)
         self.tracker.log(quality, self._rounds_until(self.reported) if self.reported else 0)
@@ -191,7 +194,8 @@ class Trial:
         if self.job is None:
             paths = Paths(dataset=self.shared.dataset, base=self.base, judge=self.shared.judge)
             trunk = self.shared.trunk and self.shared.trunk[0]
-            self.job = self.open.enter_context(start_actors(self.config, paths, trunk))
+            neighbors = self.shared.neighbors
+            self.job = self.open.enter_context(start_actors(self.config, paths, trunk, neighbors=neighbors))
             self.logged = 0
 
         def log(figures: dict[str, float], round: int) -> None:

@@ -32,8 +32,17 @@ RAY_JOB = {"apiVersion": str, "kind": str, "metadata": {"name": str}, "spec": {
 """What rayjob.yaml may hold, `...` being any name: the part that it uses of KubeRay's schema of ray.io/v1."""
 
 
+class Strict(yaml.SafeLoader):
+    """Refuses a key that stands twice, as engines do."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        assert len(keys) == len(set(keys)), f"{node.start_mark}: a key stands twice among {keys}"
+        return super().construct_mapping(node, deep)
+
+
 def read(name):
-    return yaml.safe_load((DOCKER / name).read_text())
+    return yaml.load((DOCKER / name).read_text(), Strict)
 
 
 def instructions(word):

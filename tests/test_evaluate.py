@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from benchmarks.adversarial import train_base
 from grpo.checkpoint import save_checkpoint
-from grpo.config import Config
+from grpo.config import Config, DataSection
 from grpo.config_file import load_config, to_dict
 from grpo.data import make_dataset
 from grpo.denoise import denoise
@@ -18,7 +18,7 @@ from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
-from pipelines.evaluate import SHOWN, Setting, fit_judge, forwards, grid, main, measure
+from pipelines.evaluate import SHOWN, Setting, check_splits, fit_judge, forwards, grid, main, measure
 from pipelines.live_view import token_pieces
 from pipelines.tracking import Tracker
 
@@ -108,6 +108,34 @@ def test_the_watched_texts_are_the_first_of_those_measured(tmp_path, kind):
             assert found["p_wrong"] == pytest.approx(alone.tolist(), abs=1e-5)
         else:
             assert found["p_wrong"] is None
+
+
+def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path):
+    config = settings("run.threads=0")
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
+    judge = fit_judge(config, dataset.folder)
+    assert judge.parent == tmp_path  # beside the data, from whatever folder the task runs in
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    try:
+        for neighbors, threads in ((2, 4), (3, 2), (20, 1)):
+            Setting(config, dataset.folder, judge, None, neighbors=neighbors)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
+    tokenizer = build_tokenizer("bytes")
+    config = settings("data.source=mine.txt", "data.judge_fraction=0")
+    model = GPT(config.model, tokenizer.vocabulary, block_size=config.data.block_size)
+    folder = save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=tokenizer)
+    check_splits(folder, config.data, "--base")
+    check_splits(folder, DataSection(source="another.txt"), "--base")
+    told = r"^--base .*model was trained with data.judge_fraction 0.0 on this source, got 0.25: it may know the text"
+    with pytest.raises(ValueError, match=told):
+        check_splits(folder, DataSection(source="mine.txt"), "--base")
+    with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
+        check_splits(folder, replace(config.data, split_seed=3), "--base")
 
 
 @pytest.mark.ray

@@ -157,6 +157,16 @@ def test_two_ranks_run_as_one(config, steady):
         assert {name: theirs[name] for name in same} == pytest.approx(same, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.ray
+def test_a_result_is_the_base_of_more_rounds_with_its_own_residual_only(config, steady):
+    base = str(Path(config.run.output) / "steady")
+    grpo, run = replace(config.grpo, base=base, rounds=1), replace(config.run, name="further")
+    for residual in (0, 16):
+        with pytest.raises(ValueError, match=f"^grpo.residual must be 8, as in grpo.base {base}.*, got {residual}$"):
+            main(replace(config, run=run, grpo=replace(grpo, residual=residual)), None)
+    assert main(replace(config, run=run, grpo=grpo), None)["rounds"] == 1
+
+
 @pytest.mark.parametrize("rewards, message", [
     ('{"nowhere:score": 1}', "got 'nowhere:score': no module nowhere in the current folder or PYTHONPATH"),
     ('{"nowhere": 1}', "grpo.rewards must be keyed by module:function, got 'nowhere'"),

@@ -2,7 +2,8 @@ import pytest
 import ray
 
 from grpo.config import ClusterSection, GrpoSection
-from pipelines.placement import check_fits, placed, task_options
+from pipelines.placement import at_once, check_fits, placed, task_options
+from pipelines.ranks import reason_of, torch_config
 
 GRPO = GrpoSection(num_workers=2, rollout_actors=4, prompts=8)
 
@@ -28,6 +29,31 @@ def test_a_demand_beyond_the_cluster_is_one_line_with_keys():
 def test_a_task_books_a_learners_share_where_the_cluster_has_gpus(monkeypatch, resources, gpus):
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     assert task_options(ClusterSection(learner_cpus=2.0, learner_gpus=0.25)) == {"num_cpus": 1, "num_gpus": gpus}
+
+
+def test_a_task_that_no_node_can_take_is_said_and_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
+    with pytest.raises(ValueError, match="a measurement takes 1 CPU, the cluster has 0: add a node"):
+        task_options(ClusterSection())
+
+
+def test_how_many_fit_at_once_is_bounded_by_the_scarcest(monkeypatch):
+    nodes = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 4.0}, {"CPU": 64.0}]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 75.0, "GPU": 5.0})
+    dead = {"Alive": False, "Resources": {"CPU": 999.0, "GPU": 999.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [dead, *({"Alive": True, "Resources": each} for each in nodes)])
+    assert at_once({"CPU": 1.0}) == (75, 64)
+    assert at_once({"CPU": 1.0, "GPU": 0.4}, {"GPU": 0.1}) == (10, 3)  # two on the first node, three on the second
+    assert at_once({"CPU": 70.0}) == (1, 1)
+
+
+def test_what_ended_the_workers_is_one_line():
+    from ray.train import WorkerGroupError
+
+    trace = "Traceback (most recent call last):\n  File ...\nTimeoutError: waited 3 s for scores of round 2\n"
+    error = WorkerGroupError("...", {1: RuntimeError(trace)})
+    assert reason_of(error) == "TimeoutError: waited 3 s for scores of round 2"
+    assert torch_config(12.5).timeout_s == 13
 
 
 @pytest.mark.ray

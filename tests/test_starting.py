@@ -21,7 +21,7 @@ from grpo.config_file import to_dict
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 from pipelines.__main__ import pipelines
-from pipelines.launch import start_ray
+from pipelines.launch import launch, start_ray
 from pipelines.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +136,17 @@ def test_a_folder_that_takes_no_file_is_said_before_anything_starts(name, checkp
         assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith(f"error: run.output: cannot write to {tmp_path}")
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_workers_get_absolute_paths_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["pretrain.mode=token_classifier", "pretrain.teacher=runs/one", "grpo.base=~/two"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *given])
+    got = []
+    launch(lambda config, args: got.append(config), "Pretrain.")
+    (config,) = got
+    assert config.pretrain.teacher == str(tmp_path / "runs/one") and config.grpo.base == str(Path.home() / "two")
+    assert config.denoise.remasking_model == "" and config.run.cache == RunSection().cache
 
 
 def free_ports(count):
@@ -291,7 +302,7 @@ def prepared(ray_session, tmp_path_factory):
     (["data.tokenizer=cl100k_base"], "data.tokenizer=cl100k_base cannot be fetched: connect to the network once"),
     (["pretrain.eval_rows=100000"], "the validation split holds"),
     (["pretrain.mode=token_classifier"], "pretrain.teacher must be the path of a generator checkpoint"),
-    (["pretrain.mode=token_classifier", "pretrain.teacher=nowhere"], "pretrain.teacher nowhere: no checkpoint there"),
+    (["pretrain.mode=token_classifier", "pretrain.teacher=nowhere"], "/nowhere: no checkpoint there"),
     (["pretrain.mode=token_classifier", "pretrain.teacher=small"], "expected shape [96, 96], found [16, 16]"),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(prepared, tmp_path, overrides, message):

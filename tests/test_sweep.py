@@ -12,6 +12,7 @@ import pytest
 import pipelines.grpo
 from grpo.checkpoint import load_checkpoint
 from grpo.config import (
+    ClusterSection,
     Config,
     CriticSection,
     DataSection,
@@ -24,7 +25,16 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
-from pipelines.sweep import _own_bases, _searcher, best_trial, check_objective, check_space, main, read_trials
+from pipelines.sweep import (
+    _own_bases,
+    _searcher,
+    best_trial,
+    check_objective,
+    check_space,
+    main,
+    num_trials,
+    read_trials,
+)
 from pipelines.trial import MEASURED, PRETRAINED, settling, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,6 +191,19 @@ def test_an_objective_that_no_report_has_is_refused_before_anything_starts(confi
         with pytest.raises(ValueError, match=f"^sweep.objective must be one of judge_nll_matched, .*got '{objective}'"):
             main(swept, None)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ray
+def test_trials_that_the_cluster_cannot_hold_are_said_and_not_waited_for(config, ray_session, tmp_path):
+    swept = replace(config, cluster=ClusterSection(learner_cpus=99), run=replace(config.run, output=str(tmp_path)))
+    with pytest.raises(ValueError, match="cluster.learner_cpus must together be at most .* got 99"):
+        main(swept, None)
+
+
+def test_grids_are_crossed_and_times_what_is_drawn():
+    grids = {"grpo.kl": {"grid": [0.1, 0.2]}, "grpo.prompts": {"grid": [8, 16, 32]}}
+    assert num_trials(SweepSection(space=grids, trials=5)) == 6
+    assert num_trials(SweepSection(space=grids | {"critic.alpha": {"uniform": [0, 1]}}, trials=5)) == 30
 
 
 def test_only_keys_of_pretraining_cost_a_base_each(config):
