@@ -47,7 +47,7 @@ from grpo.policy_loss import (
     mean_log_ratios,
 )
 from grpo.replay import CACHED, Part, action_values, draw_steps, part_logprobs, split
-from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions
+from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions, wavefront_figures
 
 ANCHOR_STREAM = 21
 BEYOND_RAMPS = 1 << 40
@@ -134,6 +134,7 @@ class Learner:
         parts = [(r, part) for r, rollout in enumerate(rollouts) for part in split(rollout, grpo.micro_batch)]
         for rollout, own in zip(rollouts, weights, strict=True):
             accumulate(sums, {"entropy": weighted_sum(rollout.entropies, own[: len(rollout.entropies)])})
+            accumulate(sums, wavefront_figures(rollout))
         proximal = self._proximal(rollouts, parts, {CACHED}.union(*drawn))
         ratio_max = torch.zeros((), device=self.device)
         norms: dict[str, Tensor] = {}

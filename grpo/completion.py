@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from grpo.autoregress import generate
 from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
 from grpo.data import Batch
-from grpo.denoise import denoise
+from grpo.denoise import StepRecord, denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.run_checkpoints import find_checkpoint
@@ -50,8 +52,13 @@ def complete(
     min_neighbors_ratio: float = 0.01,
     remasking_model: GPT | None = None,
     batch_size: int = 256,
+    on_step: Callable[[StepRecord], object] | None = None,
 ) -> Tensor:
-    """Continue natural rows [B, T] from their first `prompt_tokens` tokens; returns [B, T] on the CPU."""
+    """Continue natural rows [B, T] from their first `prompt_tokens` tokens; returns [B, T] on the CPU.
+
+    Args:
+        on_step: called with each denoising step of each batch.
+    """
     device = next(model.parameters()).device
     seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
     out = []
@@ -89,6 +96,7 @@ def complete(
                 min_neighbors_ratio=min_neighbors_ratio,
                 mask_bias=mask_bias,
                 remasking_model=remasking_model,
+                on_step=on_step,
             ).cpu()
         )
     return torch.cat(out)

@@ -91,6 +91,7 @@ def _part(rollout: Rollout, samples: slice, step: int) -> Part:
         tokens=rollout.tokens[samples],
         attention_mask=rollout.attention_mask[samples],
         completion_mask=rollout.completion_mask[samples],
+        waves=None if rollout.waves is None else rollout.waves[slice(None) if step == CACHED else [step], samples],
         inputs=None if rollout.inputs is None else rollout.inputs[step : step + 1, samples],
         choices=choices,
         **(chosen | {"rows": chosen["rows"] - rows[0]}),

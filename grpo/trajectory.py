@@ -26,6 +26,7 @@ from torch import Tensor
 from grpo.autoregress import generate
 from grpo.config import DenoiseSection
 from grpo.denoise import StepRecord, denoise, num_masked_after
+from grpo.metrics import weighted_sum
 from grpo.model import GPT
 from grpo.remasking import (
     draw_log_probs,
@@ -117,6 +118,8 @@ class Rollout:
     """[M, 2] int64, ids of the left and right neighbours that the sampler saw, -1 where none; None without it."""
     by_lm: Tensor | None = None
     """[M] bool, actions of a wavefront's bootstrap, drawn from the lm head; None without the sampler."""
+    waves: Tensor | None = None
+    """[S, B] int64, waves that each sample took at each denoising step; None without the sampler."""
     support: Tensor | None = None
     """[M, base vocabulary] bool, the behaviour policy's nucleus; None at top_p 1."""
     inputs: Tensor | None = None
@@ -223,7 +226,7 @@ def roll_out(
     completion[:, :prompt_tokens] = False
     mask = None if bool(attention_mask.all()) else visible
     records: list[StepRecord] = []
-    inputs = None
+    inputs = waves = None
     if model.trunk.causal:
         record = generate(
             model,
@@ -257,6 +260,7 @@ def roll_out(
             on_step=lambda record: records.append(replace(record, hidden=None, judged=None) if replay else record),
         )
         inputs = torch.stack([record.inputs for record in records]) if replay else None
+        waves = torch.stack([record.waves for record in records]) if settings.sampler else None
         parts = [_actions(r, r.masked & ~r.remask if policy_tokens == "kept" else r.masked) for r in records]
     actions = {
         name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in ACTION_FIELDS
@@ -271,6 +275,7 @@ def roll_out(
         group_size=group_size,
         temperature=settings.temperature,
         policy_version=policy_version,
+        waves=waves,
         inputs=inputs,
         choices=choices,
         **(actions | {"hidden": None} if replay else actions),
@@ -333,6 +338,24 @@ def _choices(
         logprobs=logprobs,
         **judged,
     )
+
+
+def wavefront_figures(rollout: Rollout) -> dict[str, Tensor]:
+    """How the wavefront filled, as pairs (see `grpo/metrics.py`); nothing without it.
+
+    Returns:
+        Waves per step of a text, over steps that filled something; bootstraps per text, over all its steps; tokens
+        filled per wave of a text: under the wavefront every filled token is an action.
+    """
+    if rollout.waves is None:
+        return {}
+    waves, filled = rollout.waves, rollout.waves.new_tensor(len(rollout.actions))
+    texts = waves.new_tensor(len(rollout.tokens))
+    return {
+        "wavefront/waves": weighted_sum(waves, waves > 0),
+        "wavefront/bootstraps": torch.stack([rollout.by_lm.sum(), texts]).double(),
+        "wavefront/tokens_per_wave": torch.stack([filled, waves.sum()]).double(),
+    }
 
 
 def policy_log_probs(model: GPT, rollout: Rollout) -> Tensor:

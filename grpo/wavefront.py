@@ -74,8 +74,6 @@ class WavefrontResult:
     """[M] bool, seeds, drawn from the lm head."""
     waves: Tensor
     """[B] int64, waves that each row took."""
-    bootstraps: Tensor
-    """[B] int64, positions of each row that were seeds."""
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> Tensor:
@@ -332,7 +330,6 @@ def wavefront_fill(
         neighbors=torch.cat(neighbors)[inverse],
         by_lm=by_lm[inverse],
         waves=torch.where(masked, wave, 0).amax(1),
-        bootstraps=seeded.sum(1),
     )
 
 

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # `python pipelines/evaluate.py` puts pipelines/ fir
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,15 +42,16 @@ from grpo.config import Config, DataSection, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
 from grpo.data import Batch, open_dataset, window_places, windows
+from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
-from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads
+from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, worker_threads, write_json
+from pipelines.live_view import Recorder, token_pieces
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import write_json
 from pipelines.progress import Display, summary_table
 from pipelines.tracking import Tracker
 
@@ -127,17 +129,20 @@ class Setting:
             self.mask_bias = saved_bias(load_checkpoint(checkpoint).state, config.mask_bias)
             self.remasking_model = load_remasking_model(config.denoise, device=self.device)
 
-    def texts(self, temperature: float) -> Tensor:
-        """[B, T] completions of the evaluation prompts."""
+    def texts(
+        self, temperature: float, num: int | None = None, on_step: Callable[[StepRecord], object] | None = None
+    ) -> Tensor:
+        """[B, T] completions of the first `num` evaluation prompts, or of all; `on_step` as in `denoise`."""
         return complete(
             self.model,
-            self.natural,
+            Batch(self.natural.tokens[:num], self.natural.attention_mask[:num]),
             replace(self.config.denoise, temperature=temperature),
             prompt_tokens=self.start,
             seed=self.config.run.seed,
             mask_bias=self.mask_bias,
             min_neighbors_ratio=self.config.sampler.min_neighbors_ratio,
             remasking_model=self.remasking_model,
+            on_step=on_step,
         )
 
     @property
@@ -176,13 +181,15 @@ def measure(
     match_entropy: float | None = None,
     *,
     bound: bool = True,
+    watched: int = 0,
     neighbors: int = 1,
 ) -> dict[str, Any]:
     """The row of a generator, at `denoise.temperature` or at the temperature that gives a token entropy.
 
     Returns:
         Figures, the temperature, tokens per second, and the first `SAMPLES_SHOWN` prompts and completions as text;
-        with `bound` also the NELBO, which is the model's and not the setting's.
+        with `bound` also the NELBO, which is the model's and not the setting's; with `watched` how so many of the
+        texts came to be, as `denoising_figure` takes them.
     """
     setting = Setting(config, dataset, judge, checkpoint, neighbors=neighbors)
     temperature = config.denoise.temperature
@@ -206,7 +213,36 @@ def measure(
         "tokens_per_s": tokens_per_s,
         "samples": samples,
     }
+    if watched:
+        row["denoising"] = _watch(setting, temperature, watched)
     return row | _bound(setting) if bound else row
+
+
+@torch.no_grad()
+def _watch(setting: Setting, temperature: float, num: int) -> list[dict[str, Any]]:
+    """How the first texts came to be; nothing of a causal model, which has no steps.
+
+    Returns:
+        Of each text: `pieces`, each token's own text; `steps`, in which it was last filled, from 1, 0 where it was
+        given; `p_wrong` by the critic that read the finished text, None without a critic.
+    """
+    model, tokenizer = setting.model, setting.data.tokenizer
+    if model.trunk.causal:
+        return []
+    recorder = Recorder(tokenizer, setting.config.denoise.steps)
+    texts, real = setting.texts(temperature, num, recorder), setting.natural.attention_mask[:num]
+    p_wrong = None
+    if "critic" in model.heads:
+        p_wrong = model.critic_scores(texts.to(setting.device), real.to(setting.device)).sigmoid()
+    lengths = real.sum(1).tolist()
+    return [
+        {
+            "pieces": token_pieces(text[:length].tolist(), tokenizer),
+            "steps": recorder.last_filled(row)[:length],
+            "p_wrong": None if p_wrong is None else p_wrong[row, :length].tolist(),
+        }
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True))
+    ]
 
 
 def _bound(setting: Setting) -> dict[str, float]:
@@ -282,7 +318,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
     folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
     folder.mkdir(parents=True, exist_ok=True)
-    with Display() as display, Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
+    tracking = Tracker(config.tracking, folder, folder.name, config=to_dict(config), resumes=False)
+    with Display() as display, tracking as tracker:
         dataset = prepare(config.data, config.run.cache)
         check_enough(config, dataset)
         for key, checkpoint in checkpoints.items():

@@ -4,6 +4,7 @@
    KL beside entropy, the mask bias beside p(MASK), losses by task, seconds by phase as stacked areas. Dashed lines are
    what a controller aims at.
 2. A metric that a run did not log leaves its line out; a panel without any line says so.
+3. A denoising's order is the number in each token's cell; the colour is what the critic makes of the finished text.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ LOSSES = {
     "loss_sampler": "sampler",
 }
 """Losses by task, on natural text; nats, before their weights."""
+CELLS = 128
+"""Tokens of a text that `denoising_figure` shows."""
 SECONDS = "seconds/"
 """Prefix of the metrics that say how long each phase of a round took."""
 
@@ -112,6 +115,47 @@ def nfe_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, float]) 
     axis.grid(alpha=0.25)
     if lines:
         axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def denoising_figure(texts: Sequence[Mapping[str, Any]], *, steps: int) -> Figure:
+    """Texts in reading order, a cell per token with the step that last filled it below, coloured by P(wrong).
+
+    Args:
+        texts: `pieces`, `steps` and `p_wrong` of each, as `measure` returns them; without `p_wrong` the step is the
+            colour. Prompts (step 0) stay white. Of long texts the first `CELLS` tokens are shown.
+        steps: S.
+    """
+    texts = [{name: values and values[:CELLS] for name, values in text.items()} for text in texts]
+    pieces = [[piece.strip("\n\t ") or piece[:1] for piece in text["pieces"]] for text in texts]
+    columns = 32 if max(len(piece) for row in pieces for piece in row) <= 2 else 12
+    lines = [-(-len(row) // columns) for row in pieces]
+    judged = texts[0]["p_wrong"] is not None
+    figure = Figure(figsize=(10, 0.45 * sum(lines) + 0.4 * len(texts)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(texts), squeeze=False, height_ratios=lines)[:, 0]
+    for text, row, axis, num_lines in zip(texts, pieces, axes, lines, strict=True):
+        values = np.full(num_lines * columns, np.nan)
+        values[: len(row)] = text["p_wrong"] if judged else text["steps"]
+        values[: len(row)][np.array(text["steps"]) == 0] = np.nan
+        grid = axis.pcolormesh(
+            values.reshape(num_lines, columns), edgecolors="0.9", linewidth=0.5, vmin=0,
+            vmax=1 if judged else steps, cmap="Oranges" if judged else "Blues",
+        )
+        for index, (piece, step) in enumerate(zip(row, text["steps"], strict=True)):
+            x, y = index % columns + 0.5, index // columns
+            shade = values[index] / grid.get_clim()[1]
+            style = {"ha": "center", "va": "center", "color": "w" if shade > 0.6 else "k", "parse_math": False,
+                     "in_layout": False}  # whose many boxes take most of the time
+            axis.text(x, y + 0.38, piece, fontsize=min(11, 1000 / columns / max(1, len(piece))), **style)
+            if step:
+                axis.text(x, y + 0.8, str(step), fontsize=6, **style)
+        axis.invert_yaxis()
+        axis.set_axis_off()
+    title = f"tokens and the step of {steps} that last filled them; prompts are white"
+    axes[0].set_title(title, fontsize=10, loc="left")
+    label = "critic's P(wrong)" if judged else "step"
+    figure.colorbar(grid, ax=list(axes), label=label, fraction=0.03, pad=0.01)
     return figure
 
 

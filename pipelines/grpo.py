@@ -48,11 +48,11 @@ from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
 from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import check_enough, check_splits, fit_judge, measure, measure_natural, quality_table
-from pipelines.figures import grpo_figure, series
-from pipelines.launch import launch, run_folder, start_ray, worker_threads
+from pipelines.figures import denoising_figure, grpo_figure, series
+from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.placement import check_fits, node_resources, placed, task_options, where
 from pipelines.prepare import prepare
-from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain, write_json
+from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
 from pipelines.progress import Display, follow, start_board, stop_on_signals
 from pipelines.ranks import beside_main_thread, reason_of, torch_config
 from pipelines.rollouts import Job
@@ -61,6 +61,8 @@ from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")
 """Fields of `grpo` that change no round (but for the order of summation)."""
+WATCHED = 2
+"""Texts of the final model whose denoising is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 "rounds": config.grpo.rounds,
                 "seed": config.run.seed,
                 **{
-                    row: {key: value for key, value in figures.items() if key != "samples"}
+                    row: {key: value for key, value in figures.items() if key not in ("samples", "denoising")}
                     for row, figures in rows.items()
                 },
                 "nelbo_bpb": rows["final"]["nelbo_bpb"],
@@ -117,6 +119,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 "p_mask_unmask": (config.mask_bias.target,),
             }
             tracker.figure("rounds", grpo_figure(series(history), targets=targets))
+            if watched := rows["final"]["denoising"]:
+                tracker.figure("denoising", denoising_figure(watched, steps=config.denoise.steps))
             tracker.model(folder / "final")
             tracker.artifact(folder / "final", "checkpoint")
             tracker.artifact(folder / "summary.json")
@@ -193,7 +197,7 @@ def _train_and_measure(
         tracking = replace(config.tracking, uri=tracker.uri)
         history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
     display.note("measuring the trained model, then the base at the same token entropy")
-    rows["final"] = ray.get(task(measure).remote(*what, folder / "final"))
+    rows["final"] = ray.get(task(measure).remote(*what, folder / "final", watched=WATCHED))
     rows["base_matched"] = ray.get(task(measure).remote(*what, paths.base, rows["final"]["entropy"]))
     return history, {name: rows[name] for name in ("natural", "base", "base_matched", "final")}
 

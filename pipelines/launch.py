@@ -5,12 +5,14 @@
 2. Environment variables that silence Ray and MLflow are set before either is imported, and never override the user's.
 3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
    finds `grpo`, `actors` and `pipelines` in its workers as well.
-4. A run's folder comes from `run_folder`, before anything long begins: what cannot be kept is not made.
+4. A run's folder comes from `run_folder`, before anything long begins: what cannot be kept is not made. Its JSON files
+   are written by `write_json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -125,6 +127,13 @@ def _try_to_write(folder: Path) -> None:
         if folder.is_symlink():  # which leads nowhere
             raise
         _try_to_write(folder.parent)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def checkpoint_config(args: argparse.Namespace) -> Config:

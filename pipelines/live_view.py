@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import torch
 from rich.text import Text
 from torch import Tensor
 
@@ -158,6 +159,12 @@ class Recorder:
 
     def frames(self, record: StepRecord, row: int) -> list[Frame]:
         return step_frames(record, self.records[0], row, self.steps, self.tokenizer)
+
+    def last_filled(self, row: int) -> list[int]:
+        """The step, from 1, in which each token of a row was last filled; 0 where it was given."""
+        steps = range(1, len(self.records) + 1)
+        filled = [step * record.masked[row] for step, record in zip(steps, self.records, strict=True)]
+        return torch.stack(filled).amax(0).tolist()
 
     def sample(self, row: int, tokens: Tensor) -> list[Frame]:
         """All frames of one row, the finished text last."""

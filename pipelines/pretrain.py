@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import pretrain_figure, series
-from pipelines.launch import launch, run_folder, start_ray
+from pipelines.launch import launch, run_folder, start_ray, write_json
 from pipelines.placement import node_resources, total, where
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
@@ -194,13 +193,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:

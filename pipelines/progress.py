@@ -1,8 +1,8 @@
 """What a run shows while it works: bars and a live line on a terminal, rate-limited plain lines elsewhere.
 
 The loop runs in rank 0 of a Train worker, the display in the driver. Rank 0 writes messages to a `ProgressBoard`, a
-zero-CPU actor; a driver thread (`follow`) polls it and feeds the `Display`. The board carries one flag the other way,
-`stopping`, which `stop_on_signals` raises and the loop reads between rounds, to checkpoint and leave.
+zero-CPU actor; a driver thread (`follow`) polls it and feeds the `Display`. The board carries one flag the other way:
+`stop_on_signals` raises it, and `report` answers the loop with it, which then writes a checkpoint and leaves.
 
 1. Messages are kept by the latest per phase, so a loop of any speed never floods the driver; notes are all kept.
 2. A signal handler never calls Ray itself (the main thread may hold Ray's locks): it starts a thread that does.
@@ -50,7 +50,7 @@ class ProgressBoard:
         self._failure = ""
 
     def report(self, phase: str, done: int, total: int, figures: dict[str, float] | None = None) -> bool:
-        """Move a phase's bar; returns `stopping`, so that one call per step both tells and asks."""
+        """Move a phase's bar; returns whether to stop, so that one call per step both tells and asks."""
         self._latest[phase] = Message(phase=phase, done=done, total=total, figures=figures or {})
         return self._stop
 
@@ -67,9 +67,6 @@ class ProgressBoard:
     def stop(self) -> None:
         """Ask the loop to checkpoint and leave at its next round."""
         self._stop = True
-
-    def stopping(self) -> bool:
-        return self._stop
 
     def fail(self, reason: str) -> None:
         """Say what ended the loop and would end it again."""

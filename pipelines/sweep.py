@@ -42,10 +42,10 @@ from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import check_enough, fit_judge, measure_natural
 from pipelines.grpo import publish_trunk
-from pipelines.launch import launch, run_folder, start_ray
+from pipelines.launch import launch, run_folder, start_ray, write_json
 from pipelines.placement import at_once, check_fits, node_resources, task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import alone, check_same, pretrain, what_decides, write_json
+from pipelines.pretrain import alone, check_same, pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import beside_main_thread

@@ -4,9 +4,10 @@ A dead, slow or full tracking store cannot stop or slow training: the tracker sa
 could not send in `unsent-<writer>.jsonl` in the run's folder (bounded), tries again, and goes on; what is left when the
 process ends is sent by the next one of the same run and writer.
 
-1. A run is found by its name in its experiment (and its parent), so the command that resumes training continues the
-   same MLflow run. Steps that the store already holds, because they came after the checkpoint that is resumed from, are
-   not stored twice: a replayed metric is dropped where its name and step are there.
+1. `mlflow.json` in a run's folder names its MLflow run, so the command that resumes training continues it. Another
+   folder, one that was deleted and made anew, or another store gets a new run, whatever its name, and so does a folder
+   whose run was deleted. Steps that the store already holds, because they came after the checkpoint that is resumed
+   from, are not stored twice: a replayed metric is dropped where its name and step are there.
 2. MLflow has no transaction over a lost answer; a retried batch keeps its timestamps, which makes it the same rows.
 3. Names are checked by `metric_names.py` and not by the server, whose refusal would come too late.
 4. The default store is SQLite in the output folder, by absolute path, because under `ray job submit` the current folder
@@ -16,9 +17,11 @@ process ends is sent by the next one of the same run and writer.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -29,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import TrackingSection
+from pipelines.launch import write_json
 from pipelines.metric_names import MetricNames, flatten
 
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
 BATCH = 1000  # metrics per request, MLflow's limit
+IDENTITY = "mlflow.json"  # in a run's folder: of which MLflow run it is
 MODEL_NEEDS = ["torch", "numpy", "pyarrow", "tiktoken", "omegaconf", "safetensors"]
 ROOT = Path(__file__).resolve().parent.parent
 _ENVIRONMENT = {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -55,11 +60,12 @@ class Tracker:
     Args:
         section: URI and experiment.
         folder: the run's folder; its parent holds the default store.
-        name: of the MLflow run; an existing one of this name (and parent) is continued.
+        name: of the MLflow run.
         config: resolved config, logged as params and as `config.yaml`; on a resume a changed value becomes a tag.
         start_step: first step that this process logs; unsent records from there on are made again, so they are dropped.
-        run_id: attach to this run instead of looking for the name; `finish` then leaves the run open for its owner.
+        run_id: attach to this run instead of the folder's; `finish` then leaves the run open for its owner.
         parent_run_id: of the sweep that this run is a trial of.
+        resumes: continue the folder's run; False, for what is made all over again each time: a new one.
         writer: distinguishes processes that log to one run, in the name of the file of unsent records.
         flush_s: seconds between sends.
         warn: how to tell the user, once per failure of the store and once per recovery.
@@ -67,12 +73,13 @@ class Tracker:
 
     def __init__(self, section: TrackingSection, folder: str | Path, name: str, *,
                  config: Mapping[str, Any] | None = None, start_step: int = 0, run_id: str | None = None,
-                 parent_run_id: str | None = None, writer: str = "driver", flush_s: float = 1.0,
+                 parent_run_id: str | None = None, resumes: bool = True, writer: str = "driver", flush_s: float = 1.0,
                  warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self.uri = tracking_uri(section, self.folder.parent)
         self._experiment, self._name, self._config, self._parent = section.experiment, name, config, parent_run_id
         self._attached, self._run_id, self._flush_s, self._warn = run_id is not None, run_id, flush_s, warn
+        self._resumes = resumes
         self._names = MetricNames()
         self._file = self.folder / f"unsent-{writer}.jsonl"
         self._pending: deque[dict[str, Any]] = deque(_unsent(self._file, start_step))
@@ -107,9 +114,6 @@ class Tracker:
         now = time.time_ns() // 1_000_000
         self._add({"do": "metrics", "rows": [[self._names(name), float(value), now, step]
                                              for name, value in metrics.items()]})
-
-    def tags(self, tags: Mapping[str, str]) -> None:
-        self._add({"do": "tags", "tags": {key: str(value)[:5000] for key, value in tags.items()}})
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file or folder, as it is when its turn comes."""
@@ -213,42 +217,51 @@ class Tracker:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         for noisy in ("alembic", "mlflow", "urllib3"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
         self.folder.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(tracking_uri=self.uri)
-        if self._run_id is None:
-            experiment = client.get_experiment_by_name(self._experiment)
-            if experiment is None:
-                local = self.uri.startswith("sqlite:")
-                try:
-                    place = (self.folder.parent / "mlflow-artifacts").as_uri() if local else None
-                    identity = client.create_experiment(self._experiment, artifact_location=place)
-                except MlflowException:  # another process was faster
-                    identity = client.get_experiment_by_name(self._experiment).experiment_id
-            else:
-                identity = experiment.experiment_id
-            quoted = self._name.replace("'", "\\'")
-            parent = f" and tags.mlflow.parentRunId = '{self._parent}'" if self._parent else ""
-            runs = client.search_runs([identity], f"attributes.run_name = '{quoted}'{parent}",
-                                      order_by=["attributes.start_time DESC"])
-            runs = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == self._parent]
-            tags = {"mlflow.parentRunId": self._parent} if self._parent else {}
-            run = runs[0] if runs else client.create_run(
-                identity, run_name=self._name, tags={**tags, "mlflow.source.name": sys.argv[0]})
-            if run.info.status != "RUNNING":
-                client.update_run(run.info.run_id, status="RUNNING")
-        else:
-            run = client.get_run(self._run_id)
+        run = client.get_run(self._run_id) if self._run_id else self._own_run(client)
+        self._run_id = run.info.run_id  # whatever fails from here on, no other one is made
         self._seen = {(key, metric.step) for key in run.data.metrics
                       for metric in client.get_metric_history(run.info.run_id, key)}
         if self._config is not None:
             self._log_config(client, run)
-        self._run_id, self._client = run.info.run_id, client
+        self._client = client
         with self._changed:
             self._changed.notify_all()
+
+    def _own_run(self, client: Any) -> Any:
+        """The folder's run, opened again, or a new one. Processes take turns: while the store is away, a worker gets no
+        id from its driver, and both come here later."""
+        path = self.folder / IDENTITY
+        own = {"uri": re.sub("//[^/@]*@", "//", self.uri), "name": self._name, "parent": self._parent}
+        with open(path.with_name(f".{IDENTITY}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            run = _known_run(client, path, own) if self._resumes else None
+            if run is None:
+                tags = {"mlflow.parentRunId": self._parent} if self._parent else {}
+                run = client.create_run(self._experiment_id(client), run_name=self._name,
+                                        tags={**tags, "mlflow.source.name": sys.argv[0]})
+                self._keep(path, lambda path: write_json(path, {**own, "run_id": run.info.run_id}))
+        if run.info.status != "RUNNING":
+            client.update_run(run.info.run_id, status="RUNNING")
+        return run
+
+    def _experiment_id(self, client: Any) -> str:
+        """The experiment, made if there is none."""
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is not None:
+            return experiment.experiment_id
+        local = self.uri.startswith("sqlite:")
+        try:
+            place = (self.folder.parent / "mlflow-artifacts").as_uri() if local else None
+            return client.create_experiment(self._experiment, artifact_location=place)
+        except MlflowException:  # another process was faster
+            return client.get_experiment_by_name(self._experiment).experiment_id
 
     def _log_config(self, client: Any, run: Any) -> None:
         from mlflow.entities import Param, RunTag
@@ -295,12 +308,10 @@ class Tracker:
                        f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); the run goes on")
 
     def _send_record(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
         client, do = self._client, record["do"]
-        if do == "tags":
-            client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in record["tags"].items()])
-        elif do == "artifact":
+        if do == "artifact":
             path = Path(record["path"])
             if path.is_dir():
                 client.log_artifacts(self._run_id, str(path), record["folder"] or None)
@@ -339,6 +350,26 @@ class Tracker:
                     os.truncate(self._file, whole)  # a full disk takes a part of them
                 return
             self._written += len(waiting)
+
+
+def _known_run(client: Any, path: Path, own: Mapping[str, str | None]) -> Any:
+    """The run that the file names, if it was made for `own` and the store still has it; else None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    run_id = known.pop("run_id", None)
+    if not run_id or known != own:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # it is the store that is away
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 def save_model(checkpoint: str | Path, folder: Path) -> None:

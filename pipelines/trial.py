@@ -30,8 +30,8 @@ from grpo.mask_bias import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
 from pipelines.evaluate import FIGURES, measure
 from pipelines.grpo import Paths, start_actors
-from pipelines.launch import worker_threads
-from pipelines.pretrain import alone, write_json
+from pipelines.launch import worker_threads, write_json
+from pipelines.pretrain import alone
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
 from pipelines.rollouts import Job

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from benchmarks.adversarial import train_base
 from grpo.checkpoint import save_checkpoint
@@ -17,7 +18,9 @@ from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
-from pipelines.evaluate import SHOWN, Setting, check_splits, fit_judge, forwards, grid, main
+from pipelines.evaluate import SHOWN, Setting, check_splits, fit_judge, forwards, grid, main, measure
+from pipelines.live_view import token_pieces
+from pipelines.tracking import Tracker
 
 torch.set_num_threads(1)
 TINY = ["data.block_size=32", "grpo.prompt_tokens=8", "model.n_layer=1", "model.n_head=2", "model.n_embd=16",
@@ -78,6 +81,35 @@ def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, t
     assert devices == ["cuda"] * 4  # the judge that trains; then the judge, the generator and its re-masking model
 
 
+@pytest.mark.parametrize("kind", ["critic", "no critic", "causal"])
+def test_the_watched_texts_are_the_first_of_those_measured(tmp_path, kind):
+    config = settings("data.layout=documents", "denoise.steps=3", f"model.critic={str(kind == 'critic').lower()}")
+    documents = [f"{n} green bottles hanging on the wall, {n * n} in all."[: 12 + n % 30] for n in range(400)]
+    dataset = make_dataset(documents, config.data, tmp_path / "data")
+    torch.manual_seed(0)
+    shape = config.model
+    if kind == "causal":
+        shape = replace(shape, attention="causal", sampler=False)
+    model = GPT(shape, dataset.vocabulary, block_size=config.data.block_size).eval()
+    save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
+    row = measure(config, dataset.folder, tmp_path / "model", tmp_path / "model", bound=False, watched=2)
+    if kind == "causal":
+        assert row["denoising"] == []
+        return
+    setting = Setting(config, dataset.folder, tmp_path / "model", tmp_path / "model")
+    texts, real = setting.texts(1.0)[:2], setting.natural.attention_mask[:2]
+    assert len(row["denoising"]) == 2 and not real.all()
+    for text, mask, found in zip(texts, real, row["denoising"], strict=True):
+        assert found["pieces"] == token_pieces(text[mask].tolist(), dataset.tokenizer)
+        assert found["steps"][:8] == [0] * 8 and set(found["steps"][8:]) <= {1, 2, 3}
+        assert len(found["steps"]) == mask.sum()
+        if kind == "critic":
+            alone = model.critic_scores(text[mask][None]).sigmoid()[0]
+            assert found["p_wrong"] == pytest.approx(alone.tolist(), abs=1e-5)
+        else:
+            assert found["p_wrong"] is None
+
+
 def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path):
     config = settings("run.threads=0")
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
@@ -118,7 +150,13 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
         save_checkpoint(tmp_path / name, train_base(config, dataset)[0], config=to_dict(config),
                         tokenizer=dataset.tokenizer)
     args = argparse.Namespace(checkpoint=str(tmp_path / "model"), base=str(tmp_path / "base"))
+    with Tracker(config.tracking, tmp_path / "runs" / "here", "here") as earlier:
+        earlier.log({"model/entropy": -1.0}, 0)
+        earlier_run = earlier.run_id
     main(config, args)
+    run_id = json.loads((tmp_path / "runs" / "here" / "mlflow.json").read_text())["run_id"]
+    first, *_ = MlflowClient(earlier.uri).get_metric_history(run_id, "model/entropy")
+    assert run_id != earlier_run and (first.step, first.value > 0) == (0, True)
     summary = json.loads((tmp_path / "runs" / "here" / "summary.json").read_text())
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
     assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))

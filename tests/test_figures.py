@@ -1,6 +1,16 @@
 import pytest
 
-from pipelines.figures import LOSSES, PANELS, frontier_figure, grpo_figure, nfe_figure, pretrain_figure, series
+from pipelines.figures import (
+    CELLS,
+    LOSSES,
+    PANELS,
+    denoising_figure,
+    frontier_figure,
+    grpo_figure,
+    nfe_figure,
+    pretrain_figure,
+    series,
+)
 
 
 def rounds(num=20):
@@ -54,6 +64,41 @@ def test_the_frontier_draws_a_line_per_model_and_steps_in_order_of_temperature()
     rows[0] |= {"sampler": True}
     labels = {line.get_label() for line in frontier_figure(rows, {"entropy": 2.5, "judge_nll": 1.0}).axes[0].lines}
     assert {"base, 4 steps, sampler True", "base, 4 steps, sampler False"} < labels
+
+
+def words(axis):
+    """The words of each cell, from left to right and from above."""
+    cells = {}
+    for text in axis.texts:
+        x, y = text.get_position()
+        cells.setdefault((int(y), int(x)), []).append(text.get_text())
+    return [cells[place] for place in sorted(cells)]
+
+
+def test_a_denoising_is_drawn_in_reading_order_by_step_and_critic(tmp_path):
+    first = {"pieces": ["a", "$"] * 20, "steps": [0, 0, *[2, 1] * 19], "p_wrong": [k / 40 for k in range(40)]}
+    second = {"pieces": ["\u21b5\n", "", " "], "steps": [0, 3, 1], "p_wrong": [0.9, 0.1, 0.2]}
+    figure = denoising_figure([first, second], steps=3)
+    one, two, bar = figure.axes
+    assert words(one) == [["a"], ["$"], *[["a", "2"], ["$", "1"]] * 19]
+    assert words(two) == [["\u21b5"], ["", "3"], [" ", "1"]]
+    colours = [axis.collections[0].get_array() for axis in (one, two)]
+    assert [colour.shape for colour in colours] == [(2, 32), (1, 32)]
+    assert colours[0].mask.flatten().tolist() == [True] * 2 + [False] * 38 + [True] * 24  # the prompt, and no token
+    assert colours[0].compressed().tolist() == first["p_wrong"][2:] and colours[1].compressed().tolist() == [0.1, 0.2]
+    assert bar.get_ylabel() == "critic's P(wrong)" and one.collections[0].get_clim() == (0, 1)
+    figure.savefig(tmp_path / "denoising.png")
+    assert (tmp_path / "denoising.png").stat().st_size > 10_000
+
+
+def test_a_denoising_without_a_critic_is_coloured_by_step_and_a_long_one_is_cut(tmp_path):
+    steps = [0, *[1, 2, 3, 4, 4] * CELLS][: 2 * CELLS]
+    text = {"pieces": [" $word$", "thing"] * CELLS, "steps": steps, "p_wrong": None}
+    figure = denoising_figure([text], steps=4)
+    axis, bar = figure.axes
+    assert axis.collections[0].get_array().compressed().tolist() == text["steps"][1:CELLS]
+    assert len(words(axis)) == CELLS and bar.get_ylabel() == "step" and axis.collections[0].get_clim() == (0, 4)
+    figure.savefig(tmp_path / "denoising.png")  # dollars are no formula
 
 
 def test_losses_by_task_are_lines_of_one_panel(tmp_path):

@@ -95,6 +95,7 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     for name, count in (("reward_accuracy", ROUNDS + WARMUP), ("kl", ROUNDS)):
         steps = logged(output, written["mlflow_run_id"], name)
         assert steps == list(range(ROUNDS + WARMUP - count + 1, ROUNDS + WARMUP + 1))
+    assert {path.name for path in (folder / "figures").iterdir()} == {"rounds.png", "denoising.png"}
     final = load_model(folder / "final")
     base = load_model(next((output / "cache").glob("base-*")) / "best")
     for name, tensor in base.trunk.state_dict().items():

@@ -49,6 +49,19 @@ def test_two_ranks_train_as_one(tmp_path, config):
     assert_same(texts, alone.learner.discriminator.texts())  # rank by rank is the order of the global index
 
 
+def test_the_phase_tells_how_the_wavefront_filled_where_there_is_one():
+    world = World(BUSY)
+    rollouts, scores, _, prompts = world.roll(6)
+    metrics = world.learner.generator_phase(6, rollouts, scores, prompts, world.prompts)
+    waves = [taken for rollout in rollouts for taken in rollout.waves.flatten().tolist()]
+    filled = sum(len(rollout.actions) for rollout in rollouts)
+    assert 0 in waves  # short texts are whole before the last step, which then counts for nothing
+    assert metrics["wavefront/waves"] == pytest.approx(sum(waves) / sum(taken > 0 for taken in waves))
+    assert metrics["wavefront/tokens_per_wave"] == pytest.approx(filled / sum(waves))
+    assert metrics["wavefront/bootstraps"] == 0  # prompts are known
+    assert not any(name.startswith("wavefront") for name in World(CONFIG).round(0))
+
+
 def test_one_rollout_actor_or_two_make_no_difference():
     """The actors are micro-batches of one update: gradients and credits must not depend on the split."""
     one, two = World(CONFIG), World(CONFIG)

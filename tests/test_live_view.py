@@ -57,6 +57,14 @@ def test_frames_tell_what_became_of_each_token(recorded):
         assert frames[-1].pieces == token_pieces(texts[row].tolist(), TOKENIZER)
 
 
+def test_a_token_was_last_filled_in_the_last_step_whose_input_lacked_it(recorded):
+    recorder, texts = recorded
+    for row in range(3):
+        inputs = [frame.kinds for frame in recorder.sample(row, texts)[:-1:2]]
+        last = [max((step for step, kinds in enumerate(inputs, 1) if kinds[i] == "m"), default=0) for i in range(16)]
+        assert recorder.last_filled(row) == last and set(last) == {0, 1, 2, 3}
+
+
 def test_heat_is_the_critics_probability_where_it_judged(recorded):
     recorder, _ = recorded
     record, frame = recorder.records[0], recorder.frames(recorder.records[0], 1)[1]

@@ -32,11 +32,11 @@ def test_board_keeps_the_latest_of_each_phase_and_every_note():
     assert board.drain() == []
 
 
-def test_stopping_is_told_by_the_next_report():
+def test_a_stop_is_told_by_the_next_report():
     board = ProgressBoard()
-    assert not board.stopping() and not board.report("x", 0, 1)
+    assert not board.report("x", 0, 1)
     board.stop()
-    assert board.stopping() and board.report("x", 1, 1)
+    assert board.report("x", 1, 1)
 
 
 def test_a_failure_stays_on_the_board():
@@ -44,7 +44,7 @@ def test_a_failure_stays_on_the_board():
     assert board.failure() == ""
     board.fail("reward function m:f raised")
     board.drain()
-    assert board.failure() == "reward function m:f raised" and not board.stopping()
+    assert board.failure() == "reward function m:f raised" and not board.report("x", 0, 1)
 
 
 def test_plain_lines_are_rate_limited_but_first_and_last_are_printed():
@@ -112,7 +112,7 @@ def test_sigterm_and_the_first_interrupt_stop_and_the_second_interrupts():
         board, called = ProgressBoard(), threading.Event()
         with stop_on_signals(lambda board=board, called=called: (board.stop(), called.set())):
             os.kill(os.getpid(), number)
-            assert called.wait(10) and board.stopping()
+            assert called.wait(10) and board.report("x", 0, 1)
             if number == signal.SIGINT:
                 with pytest.raises(KeyboardInterrupt):
                     os.kill(os.getpid(), signal.SIGINT)

@@ -6,8 +6,9 @@ import torch
 
 from benchmarks.peak_memory import PeakMemory
 from grpo.lora import Trainable, train_below_heads
+from grpo.metrics import merge_sums
 from grpo.replay import CACHED, action_values, draw_steps, part_logprobs, split, with_states
-from grpo.trajectory import credited, trajectory_logprobs
+from grpo.trajectory import credited, trajectory_logprobs, wavefront_figures
 from tests.small_rollouts import KINDS, T, gradient, large, make_model, relative, rolled
 
 
@@ -160,6 +161,19 @@ def test_a_step_without_actions_costs_no_pass():
                                ("actions", "rows", "positions", "steps", "logprobs", "entropies", "support")})
     part, = split(none, 0)  # somebody must take part in a data-parallel step
     assert len(part.index) == 0 and len(with_states(model, part).hidden) == 0
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_the_wavefront_figures_of_parts_add_up_to_the_rollouts(replay):
+    model = make_model(20, block_size=16)
+    rollout = rolled(model, torch.arange(5), length=16, steps=3, remasking="self", sampler=True, replay=replay)
+    parts, sums = split(rollout, 2), {}
+    for part in parts:
+        sums = merge_sums(sums, wavefront_figures(part.rollout))
+    whole = wavefront_figures(rollout)
+    for name in ("wavefront/waves", "wavefront/tokens_per_wave"):
+        assert torch.equal(sums[name], whole[name])
+    assert len(parts) == (9 if replay else 3)
 
 
 def test_the_peak_of_a_replayed_update_does_not_grow_with_the_steps():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -114,7 +115,6 @@ def test_a_run_holds_everything_that_was_logged(tmp_path, client):
     with track(tmp_path, config=config) as tracker:
         for step in range(300):
             tracker.log({f"m{k}": step * k for k in range(5)}, step)
-        tracker.tags({"kind": "test"})
         tracker.artifact(tmp_path / "model", "model")
         tracker.table("samples", [["a \u2588", 1.5]], ["text", "reward"])
         tracker.figure("rewards", figure)
@@ -124,7 +124,7 @@ def test_a_run_holds_everything_that_was_logged(tmp_path, client):
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
     assert run.data.params["grpo.group_size"] == "8" and len(run.data.params["note"]) == 500
     assert history(client(), run_id, "m3") == [(step, step * 3.0) for step in range(300)]
-    assert run.data.tags["kind"] == "test" and "tables/samples.json" in run.data.tags["mlflow.loggedArtifacts"]
+    assert "tables/samples.json" in run.data.tags["mlflow.loggedArtifacts"]
     names = {f.path for folder in ("", "model", "tables", "figures") for f in client().list_artifacts(run_id, folder)}
     assert {"config.yaml", "model/weights", "tables/samples.json", "figures/rewards.png"} <= names
     assert run.inputs.dataset_inputs[0].dataset.digest == ("ab" * 32)[:36]
@@ -149,6 +149,97 @@ def test_a_resumed_run_continues_without_a_duplicate_or_a_gap(tmp_path, client):
     run = client().get_run(run_id)
     assert run.data.params == {"a": "1", "b": "3"} and run.data.tags["resumed_with.a"] == "2"
     assert run.info.status == "FINISHED"
+
+
+def test_a_run_of_the_same_name_in_a_new_folder_is_a_new_run(tmp_path, client):
+    """The folder was deleted to start again, or belongs to somebody else who uses the same store."""
+    section = TrackingSection(uri=tracking_uri(SECTION, tmp_path), experiment="test")
+    with track(tmp_path, section=section, config={"a": 1}) as first:
+        first.log({"loss": 1.0}, 0)
+        ids = [first.run_id]
+    shutil.rmtree(tmp_path / "run")
+    for number, home in enumerate((tmp_path, tmp_path / "theirs"), start=2):
+        with track(home, section=section, config={"a": number}) as tracker:
+            tracker.log({"loss": float(number)}, 0)
+            ids.append(tracker.run_id)
+    assert len(set(ids)) == 3
+    for number, run_id in enumerate(ids, start=1):
+        run = client().get_run(run_id)
+        assert history(client(), run_id, "loss") == [(0, float(number))] and run.data.params == {"a": str(number)}
+        assert run.info.run_name == "run"
+
+
+@pytest.mark.parametrize("what", ["deleted", "gone with its store", "in another store", "of a copied folder"])
+def test_a_run_that_cannot_be_continued_is_followed_by_a_new_one(tmp_path, client, empty_store, what):
+    with track(tmp_path) as first:
+        first.log({"loss": 1.0}, 0)
+        old = first.run_id
+    name, section = "run", SECTION
+    if what == "deleted":
+        client().delete_run(old)
+    elif what == "gone with its store":
+        shutil.copy(empty_store, tmp_path / "mlflow.db")
+    elif what == "in another store":
+        section = TrackingSection(uri=f"sqlite:///{shutil.copy(empty_store, tmp_path / 'other.db')}", experiment="test")
+    else:
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        name = "copy"
+    ids = []
+    for step in range(2):
+        with track(tmp_path, name, section=section) as tracker:
+            tracker.log({"loss": 2.0}, step)
+            ids.append(tracker.run_id)
+    assert ids[0] == ids[1] != old
+    from mlflow import MlflowClient
+
+    assert history(MlflowClient(tracking_uri=tracker.uri), ids[0], "loss") == [(0, 2.0), (1, 2.0)]
+
+
+def test_what_is_made_all_over_again_gets_a_new_run_each_time(tmp_path, client):
+    ids = []
+    for value in (1.0, 2.0):
+        with track(tmp_path, resumes=False) as tracker:
+            tracker.log({"loss": value}, 0)
+            ids.append(tracker.run_id)
+    assert [history(client(), run_id, "loss") for run_id in ids] == [[(0, 1.0)], [(0, 2.0)]]
+
+
+def test_a_password_in_the_uri_stays_out_of_the_folder(tmp_path, monkeypatch):
+    secret = TrackingSection(uri="http://me:secret@server/path", experiment="test")
+    run = SimpleNamespace(info=SimpleNamespace(run_id="7", status="RUNNING", lifecycle_stage="active"),
+                          data=SimpleNamespace(metrics={}, params={}))
+    calls = []
+    made = SimpleNamespace(create_run=lambda *_, **__: calls.append("create") or run,
+                           get_run=lambda run_id: calls.append(run_id) or run,
+                           get_experiment_by_name=lambda _: SimpleNamespace(experiment_id="0"))
+    monkeypatch.setattr("mlflow.MlflowClient", lambda tracking_uri: made)
+    for _ in range(2):
+        tracker = track(tmp_path, section=secret)
+        assert tracker.run_id == "7"
+        tracker.finish(timeout_s=0)
+    known = json.loads((tmp_path / "run" / "mlflow.json").read_text())
+    assert known == {"uri": "http://server/path", "name": "run", "parent": None, "run_id": "7"}
+    assert calls[:1] == ["create"] and "create" not in calls[1:]
+
+
+def test_processes_that_come_to_one_folder_at_once_share_its_run(tmp_path, client):
+    gate, ids = threading.Barrier(4), []
+
+    def work(index):
+        gate.wait()
+        with track(tmp_path, writer=f"writer{index}") as tracker:
+            tracker.log({f"x{index}": index}, 0)
+            while (run_id := tracker.run_id) is None:
+                pass
+            ids.append(run_id)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ids) == 4 and len(set(ids)) == 1
+    assert client().get_run(ids[0]).data.metrics == {f"x{index}": float(index) for index in range(4)}
 
 
 def test_rank_zero_attaches_by_run_id_and_leaves_the_run_open(tmp_path, client):
@@ -264,11 +355,11 @@ def test_a_refused_record_does_not_block_those_behind_it(tmp_path, client):
     warnings = []
     with track(tmp_path, warn=warnings.append) as tracker:
         tracker.artifact(tmp_path / "gone.txt")
-        tracker.tags({"bad\nkey;*": "x"})
+        tracker.artifact(tmp_path / "mlflow.db", "../outside")
         tracker.log({"x": 1.0}, 0)
         run_id = tracker.run_id
     assert history(client(), run_id, "x") == [(0, 1.0)]
-    assert len(warnings) == 2 and "gone" in warnings[0] and "tags" in warnings[1]
+    assert len(warnings) == 2 and "gone" in warnings[0] and "was refused" in warnings[1]
 
 
 def test_processes_that_start_at_once_share_one_experiment(tmp_path, client):

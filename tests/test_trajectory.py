@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grpo.config import DenoiseSection
+from grpo.metrics import means
 from grpo.noise import row_seeds
 from grpo.trajectory import (
     action_tables,
@@ -16,8 +17,10 @@ from grpo.trajectory import (
     policy_log_probs,
     roll_out,
     trajectory_logprobs,
+    wavefront_figures,
 )
-from tests.small_rollouts import KINDS, large, make_model
+from tests.small_rollouts import KINDS, large, make_model, rolled
+from tests.test_wavefront import fill_by_loop
 
 torch.set_num_threads(1)
 
@@ -144,6 +147,27 @@ def test_samples_of_a_group_lie_side_by_side_and_pads_are_never_actions():
     assert rollout.completion_mask[credited(rollout, "rows"), credited(rollout, "positions")].all()
     assert not (rollout.choices.eligible & ~rollout.completion_mask.repeat(2, 1)).any()
     assert rollout.policy_version == 7 and rollout.group_size == 4
+
+
+def test_wavefront_figures_are_those_of_a_per_position_loop():
+    model, rows = make_model(20, block_size=16), torch.arange(6)
+    rollout = rolled(model, rows, length=16, steps=3, remasking="self", randomness=0.5, sampler=True, replay=True)
+    waves, num_seeds, filled = [], 0, 0
+    with torch.no_grad():
+        for step, inputs in enumerate(rollout.inputs):  # the first holds nothing but [MASK]s
+            hidden = model.encode(inputs)
+            for row, seed in enumerate(row_seeds(1, 0, 0, rows).tolist()):
+                _, taken, boot, *_ = fill_by_loop(model, hidden[row], inputs[row], seed, step, 1.0, 1.0, 0.01)
+                waves.append(taken)
+                num_seeds += len(boot)
+                filled += int((inputs[row] == model.vocabulary.mask_id).sum())
+    assert num_seeds == 6 and means(wavefront_figures(rollout)) == {
+        "wavefront/waves": pytest.approx(sum(waves) / 18),
+        "wavefront/bootstraps": 1.0,
+        "wavefront/tokens_per_wave": pytest.approx(filled / sum(waves)),
+    }
+    for kind in ("self", "causal"):
+        assert wavefront_figures(large(kind)[1]) == {}
 
 
 def test_a_rollout_moves_as_a_whole():
