@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.phase import Phase, accumulating
+from actors.phase import Phase, accumulating, objective
 from grpo.config import Config
 from grpo.corruption import mask_only, stratified_rows
 from grpo.critic import fill_masks
@@ -70,6 +70,7 @@ class Pretrainer:
     ) -> None:
         self.model, self.config, self.device = model.to(device), config, device
         self.rank, self.world, self.all_reduce = rank, world, all_reduce
+        self.objective = objective(config)
         own = MODES[model.mode]
         main = {"generator" if own == "lm" else own: [*model.trunk.parameters(), *model.heads[own].parameters()]}
         self.parts = trainable_parts(main | {name: head for name, head in model.heads.items() if name != own})
@@ -145,19 +146,19 @@ class Pretrainer:
             rows: [B] global indices; seeds, times: [B], of `stratified_rows`.
         """
         return corrupt_batch(
-            self.model, self.config, stage(self.config, step), tokens, attention_mask, seeds=seeds, times=times
+            self.model, self.objective, stage(self.objective, step), tokens, attention_mask, seeds=seeds, times=times
         ), seeds
 
     def counts(self, step: int, example: Any) -> Tensor:
         """[K] denominators of the losses in this micro-batch, summed later over the whole optimizer step."""
-        return counts(self.config, stage(self.config, step), example[0])
+        return counts(self.objective, example[0])
 
     def losses(self, step: int, example: Any, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the total loss, and metrics as pairs."""
         return multitask_loss(
             self.model,
-            self.config,
-            stage(self.config, step),
+            self.objective,
+            stage(self.objective, step),
             example[0],
             seeds=example[1],
             totals=totals,
@@ -181,7 +182,7 @@ class Pretrainer:
         self.model.eval()
         rows = rows.to(self.device)
         figures = validation_bound(self.model, rows, bytes_per_token)
-        if "critic" in self.model.heads and stage(self.config, self.config.pretrain.steps).critic_weight:
+        if "critic" in self.model.heads and stage(self.objective, self.config.pretrain.steps).critic_weight:
             figures |= critic_quality(self.model, rows)
         return figures
 
