@@ -29,7 +29,7 @@ from grpo.data import Batch
 from grpo.lora import Trainable, load_policy_state, policy_state, trainable_modules
 from grpo.mask_bias import MaskBias
 from grpo.metrics import weighted_sum
-from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
+from grpo.multitask import BEYOND_RAMPS, corrupt_batch, counts, multitask_loss, stage
 from grpo.optim import (
     Parts,
     clip_parts,
@@ -50,8 +50,6 @@ from grpo.replay import CACHED, Part, action_values, draw_steps, part_logprobs, 
 from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions
 
 ANCHOR_STREAM = 21
-BEYOND_RAMPS = 1 << 40
-"""Step at which every curriculum of pretraining has reached its end."""
 
 
 class Learner:

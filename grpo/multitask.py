@@ -35,6 +35,8 @@ from grpo.model import GPT
 from grpo.sliced_loss import sliced_loss
 from grpo.wavefront import sampler_loss, wavefront_fill
 
+BEYOND_RAMPS = 1 << 40
+"""Step at which every curriculum has reached its end."""
 CRITIC_STEP = 1 << 20
 """Counter that keeps the wavefront noise of critic inputs apart from that of denoising steps."""
 
