@@ -55,7 +55,11 @@ def action_credits(
         accumulate(sums, part)
     if grpo.neutral and grpo.adversary:
         dense = _neutral(rollouts, dense, weights, all_reduce)
-    return [tokens + texts for tokens, texts in zip(dense, whole, strict=True)], sums
+    credits = [tokens + texts for tokens, texts in zip(dense, whole, strict=True)]
+    for credit, own in zip(credits, weights, strict=True):
+        part = {"advantage": weighted_sum(credit, own), "advantage/square": weighted_sum(credit.square(), own)}
+        accumulate(sums, part)
+    return credits, sums
 
 
 def _advantages(
@@ -88,7 +92,6 @@ def _advantages(
         "reward": weighted_sum(per_text, ones),
         "reward/square": weighted_sum(per_text.square(), ones),
         "completion_length": weighted_sum(mask.sum(-1), ones),
-        "advantage/square": weighted_sum((by_token + by_text[:, None]).square(), mask),
         "zero_spread_groups": torch.stack([equal_groups(groups).double(), num_groups.double()]),
     }
 

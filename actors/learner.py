@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from actors.credit import action_credits
 from actors.discriminator import Discriminator, NoDiscriminator
-from actors.phase import Phase, accumulate, accumulating, check_finite, reduced_means, with_prefix
+from actors.phase import Phase, accumulate, accumulating, check_finite, objective, reduced_means, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, attach, mount, own_heads, to_arrays
 from grpo.config import Config
@@ -29,7 +29,7 @@ from grpo.data import Batch
 from grpo.lora import Trainable, load_policy_state, policy_state, trainable_modules
 from grpo.mask_bias import MaskBias
 from grpo.metrics import weighted_sum
-from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
+from grpo.multitask import BEYOND_RAMPS, corrupt_batch, counts, multitask_loss, stage
 from grpo.optim import (
     Parts,
     clip_parts,
@@ -50,8 +50,6 @@ from grpo.replay import CACHED, Part, action_values, draw_steps, part_logprobs, 
 from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions, wavefront_figures
 
 ANCHOR_STREAM = 21
-BEYOND_RAMPS = 1 << 40
-"""Step at which every curriculum of pretraining has reached its end."""
 
 
 class Learner:
@@ -82,7 +80,8 @@ class Learner:
         ranks = {"rank": rank, "world": world, "wrap": wrap, "all_reduce": all_reduce, "device": device}
         opponent = Discriminator if config.grpo.adversary else NoDiscriminator
         self.discriminator = opponent(blueprint, config, self.reference, **ranks)
-        self.stage = stage(config, BEYOND_RAMPS)
+        self.objective = objective(config)
+        self.stage = stage(self.objective, BEYOND_RAMPS)
         modules = {**dict(self.model.heads.items()), **trainable_modules(self.model.trunk)}
         self.parts: Parts = trainable_parts(modules)
         self.generator_phase_module = wrap(Phase(modules))
@@ -313,10 +312,16 @@ class Learner:
         tokens, mask = natural.tokens.to(self.device), natural.attention_mask.to(self.device)
         seeds, times = stratified_rows(self.config.run.seed, ANCHOR_STREAM, step, rows, len(rows) * self.world)
         seeds, times = seeds.to(self.device), times.to(self.device)
-        corrupted = corrupt_batch(self.model, self.config, self.stage, tokens, mask, seeds=seeds, times=times)
-        totals = self.all_reduce(counts(self.config, self.stage, corrupted))
+        corrupted = corrupt_batch(self.model, self.objective, self.stage, tokens, mask, seeds=seeds, times=times)
+        totals = self.all_reduce(counts(self.objective, corrupted))
         loss, metrics = multitask_loss(
-            self.model, self.config, self.stage, corrupted, seeds=seeds, totals=totals, mask_bias=self.mask_bias.bias
+            self.model,
+            self.objective,
+            self.stage,
+            corrupted,
+            seeds=seeds,
+            totals=totals,
+            mask_bias=self.mask_bias.bias,
         )
         if "p_mask_unmask" in metrics:
             self.mask_bias.update(self.all_reduce(metrics["p_mask_unmask"].clone()))

@@ -1,4 +1,5 @@
-"""What trains in one phase, as the one module that data parallelism wraps, and what every phase does with figures."""
+"""What trains in one phase, as the one module that data parallelism wraps; the settings of its loss on natural text;
+and what every phase does with figures."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from grpo.config import Config
 from grpo.metrics import means, merge_sums, pack_sums, unpack_sums
+from grpo.multitask import Objective
 
 
 class Phase(nn.Module):
@@ -20,6 +23,19 @@ class Phase(nn.Module):
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
         return compute()
+
+
+def objective(config: Config) -> Objective:
+    """The settings of the loss on natural text."""
+    return Objective(
+        model=config.model,
+        corruption=config.corruption,
+        loss=config.loss,
+        critic=config.critic,
+        sampler=config.sampler,
+        applies_to=config.mask_bias.applies_to,
+        padded=config.data.layout == "documents",
+    )
 
 
 def accumulating(module: nn.Module, more_to_come: bool) -> AbstractContextManager:

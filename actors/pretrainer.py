@@ -9,18 +9,22 @@
    and learning rate are functions of the step. What is saved is all that an exact resume needs.
 4. Validation reports a true bound on fixed rows, whatever the objective: the NELBO of a masked model, the exact
    likelihood of a causal one; for the critic, AUROC and calibration on the model's own sampled errors.
-5. A learner of another task (`actors/classifier.py`) has its own `example`, `counts`, `losses` and `validate`.
+5. Beside it stand the parts of a diffusion model's own objective: one corruption of these rows, at the curriculum's
+   final values whatever the step, without the mask bias, which moves when the model does not, and with replacements
+   drawn uniformly, so that the corrupted text stays the same.
+6. A learner of another task (`actors/classifier.py`) has its own `example`, `counts`, `losses` and `validate`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actors.phase import Phase, accumulating
+from actors.phase import Phase, accumulating, objective
 from grpo.config import Config
 from grpo.corruption import mask_only, stratified_rows
 from grpo.critic import fill_masks
@@ -29,7 +33,7 @@ from grpo.diffusion_loss import nelbo, next_token_counted, ratio_with_error
 from grpo.mask_bias import MaskBias
 from grpo.metrics import auroc, bits_per_byte, expected_calibration_error, means, merge_sums, pack_sums, unpack_sums
 from grpo.model import GPT, MODES, text_logits
-from grpo.multitask import corrupt_batch, counts, multitask_loss, stage
+from grpo.multitask import BEYOND_RAMPS, Objective, Stage, corrupt_batch, counts, multitask_loss, stage
 from grpo.noise import row_seeds
 from grpo.optim import (
     clip_parts,
@@ -44,6 +48,7 @@ from grpo.optim import (
 TRAIN_STREAM = 1
 CRITIC_STREAM = 2
 DROPOUT_STREAM = 3
+OBJECTIVE_STREAM = 4
 VALIDATION_SEED = 20_000_003
 NELBO_DRAWS = 4
 VALIDATION_ROWS = 128
@@ -70,6 +75,7 @@ class Pretrainer:
     ) -> None:
         self.model, self.config, self.device = model.to(device), config, device
         self.rank, self.world, self.all_reduce = rank, world, all_reduce
+        self.objective = objective(config)
         own = MODES[model.mode]
         main = {"generator" if own == "lm" else own: [*model.trunk.parameters(), *model.heads[own].parameters()]}
         self.parts = trainable_parts(main | {name: head for name, head in model.heads.items() if name != own})
@@ -145,19 +151,19 @@ class Pretrainer:
             rows: [B] global indices; seeds, times: [B], of `stratified_rows`.
         """
         return corrupt_batch(
-            self.model, self.config, stage(self.config, step), tokens, attention_mask, seeds=seeds, times=times
+            self.model, self.objective, stage(self.objective, step), tokens, attention_mask, seeds=seeds, times=times
         ), seeds
 
     def counts(self, step: int, example: Any) -> Tensor:
         """[K] denominators of the losses in this micro-batch, summed later over the whole optimizer step."""
-        return counts(self.config, stage(self.config, step), example[0])
+        return counts(self.objective, example[0])
 
     def losses(self, step: int, example: Any, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the total loss, and metrics as pairs."""
         return multitask_loss(
             self.model,
-            self.config,
-            stage(self.config, step),
+            self.objective,
+            stage(self.objective, step),
             example[0],
             seeds=example[1],
             totals=totals,
@@ -177,11 +183,16 @@ class Pretrainer:
 
     @torch.no_grad()
     def validate(self, rows: Batch, bytes_per_token: float) -> dict[str, float]:
-        """The bound on fixed rows, nats per token and bits per byte, with its standard error; the critic's AUROC."""
+        """On fixed rows, functions of the model alone: the bound, nats per token and bits per byte, with its standard
+        error; the objective's parts; the critic's AUROC."""
         self.model.eval()
-        rows = rows.to(self.device)
+        rows, steps = rows.to(self.device), self.config.pretrain.steps
         figures = validation_bound(self.model, rows, bytes_per_token)
-        if "critic" in self.model.heads and stage(self.config, self.config.pretrain.steps).critic_weight:
+        if not self.model.trunk.causal:
+            sampler_trains = stage(self.objective, steps - 1).sampler
+            final = replace(stage(self.objective, BEYOND_RAMPS), critic_weight=0.0, sampler=sampler_trains)
+            figures |= objective_parts(self.model, self.objective, final, rows)
+        if "critic" in self.model.heads and stage(self.objective, steps).critic_weight:
             figures |= critic_quality(self.model, rows)
         return figures
 
@@ -232,6 +243,20 @@ def causal_nll(model: GPT, rows: Batch) -> tuple[Tensor, Tensor]:
         nats.append(-(chosen * counted).sum(1).double())
         num.append(counted.sum(1).double())
     return ratio_with_error(torch.cat(nats), torch.cat(num))
+
+
+def objective_parts(model: GPT, objective: Objective, stage: Stage, rows: Batch) -> dict[str, float]:
+    """Losses by task, nats, and mean P([MASK]) by task on one fixed corruption of fixed rows, as `val_...`."""
+    objective = replace(objective, corruption=replace(objective.corruption, own_predictions=0.0))
+    totals = torch.ones(3, device=rows.tokens.device)  # the total is not read
+    sums: dict[str, Tensor] = {}
+    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
+        seeds, times = stratified_rows(VALIDATION_SEED, OBJECTIVE_STREAM, 0, part, len(rows.tokens))
+        tokens, mask = rows.tokens[part], rows.attention_mask[part]
+        corrupted = corrupt_batch(model, objective, stage, tokens, mask, seeds=seeds, times=times)
+        _, metrics = multitask_loss(model, objective, stage, corrupted, seeds=seeds, totals=totals, mask_bias=0.0)
+        sums = merge_sums(sums, metrics)
+    return {f"val_{name}": value for name, value in means(sums).items() if name.startswith(("loss_", "p_mask_"))}
 
 
 def critic_quality(model: GPT, rows: Batch) -> dict[str, float]:

@@ -69,8 +69,14 @@ def save_checkpoint(
         tokenizer: saved beside the weights, so that the checkpoint can generate text by itself.
         state: tensors, numbers, strings and None in dicts, lists and tuples of any depth (optimizer and RNG states,
             buffers, counters). It comes back equal to the bit.
+
+    Raises:
+        ValueError: the tokenizer's ids are not the model's.
     """
     folder = Path(folder)
+    if tokenizer is not None and tokenizer.vocabulary != model.vocabulary:
+        raise ValueError(f"{folder}: the tokenizer {tokenizer.kind} has {tokenizer.vocabulary.base_size} tokens, the "
+                         f"model {model.vocabulary.base_size}: save the model with the tokenizer of its text")
     temporary = folder.parent / f".{folder.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -228,7 +228,9 @@ class MaskBiasSection:
 @dataclass(frozen=True, kw_only=True)
 class CriticSection:
     alpha: float = 0.5
-    """Final weight of the critic's loss in the total (the sweeps' `critic_alpha`)."""
+    """Final weight of the critic's loss in the total (the sweeps' `critic_alpha`). It acts through pretraining, where
+    the loss reaches the trunk. In rounds with `grpo.trainable: heads` it reaches the critic head alone, which AdamW
+    makes nearly scale-free: swept over a given `grpo.base`, weights above 0 differ by noise."""
     start: int = 500
     """Optimizer step at which the critic's loss joins (`start_critic`)."""
     end: int = 1000

@@ -1,7 +1,9 @@
 """Weights in the layout of GPT-2: a local folder with `config.json` and `model.safetensors`, as transformers saves it.
 
 1. Its linear layers are stored transposed ([in, out]) and are turned round.
-2. [MASK] and pad, which GPT-2 has not, and the padding of the vocabulary get zero embeddings.
+2. `<|endoftext|>`, its last id, is no text: the tokenizer `gpt2` leaves it out, so that [MASK] takes its place (50256)
+   and its embedding, and pad the next one. A causal generator is shown neither, and draws neither.
+3. Pad and the padding of the vocabulary, which GPT-2 has not, get zero embeddings.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ REQUIRED = {
 """Settings that change the computation; a file without one means this value."""
 SHAPE = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
 """Settings that a file must have."""
+END_OF_TEXT = 50256
+"""Its id in a file that does not say."""
 NAMES = {
     "ln_1": "attention_norm",
     "attn.c_attn": "attention.qkv",
@@ -41,11 +45,15 @@ NAMES = {
 }
 
 
-def load_gpt2(folder: str | Path) -> GPT:
-    """A causal generator with GPT-2's weights and positions; its base vocabulary is the file's.
+def load_gpt2(folder: str | Path, block_size: int | None = None) -> GPT:
+    """A causal generator with GPT-2's weights; its text ids are the file's but for a final `<|endoftext|>`.
+
+    Args:
+        block_size: T of what it will read, `data.block_size`; later positions are left out. All when None.
 
     Raises:
-        ValueError: files are missing or damaged, or the configuration is none that this model computes.
+        ValueError: files are missing or damaged, or the configuration is none that this model computes,
+            or has fewer positions.
     """
     folder = Path(folder)
     try:
@@ -66,13 +74,19 @@ def load_gpt2(folder: str | Path) -> GPT:
         critic=False,
         sampler=False,
     )
-    vocabulary = Vocabulary(config["vocab_size"])
+    ids, positions = config["vocab_size"], config["n_positions"]
+    vocabulary = Vocabulary(ids - (config.get("eos_token_id", END_OF_TEXT) == ids - 1))
+    block_size = block_size or positions
+    if block_size > positions:
+        raise ValueError(f"block_size must be at most {positions}, the positions of {folder}, got {block_size}")
     gelu = GELUS[config.get("activation_function", "gelu_new")]
-    model = GPT(section, vocabulary, block_size=config["n_positions"], gelu=gelu)
+    model = GPT(section, vocabulary, block_size=block_size, gelu=gelu)
     stored = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
     if config.get("tie_word_embeddings", True):
         stored.pop("lm_head.weight", None)
     tensors = dict(_renamed(name, tensor, vocabulary) for name, tensor in stored.items() if not _is_buffer(name))
+    if "trunk.wpe.weight" in tensors:
+        tensors["trunk.wpe.weight"] = tensors["trunk.wpe.weight"][:block_size]
     model.to(tensors["trunk.wte.weight"].dtype)
     try:
         load_into(model, tensors)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo.config import Config
+from grpo.config import CorruptionSection, CriticSection, LossSection, ModelSection, SamplerSection
 from grpo.corruption import Corrupted, corrupt, mask_only, ramp
 from grpo.critic import critic_counted, critic_loss, fill_masks
 from grpo.diffusion_loss import (
@@ -35,8 +35,25 @@ from grpo.model import GPT
 from grpo.sliced_loss import sliced_loss
 from grpo.wavefront import sampler_loss, wavefront_fill
 
+BEYOND_RAMPS = 1 << 40
+"""Step at which every curriculum has reached its end."""
 CRITIC_STEP = 1 << 20
 """Counter that keeps the wavefront noise of critic inputs apart from that of denoising steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The settings that decide the losses on natural text."""
+
+    model: ModelSection
+    corruption: CorruptionSection
+    loss: LossSection
+    critic: CriticSection
+    sampler: SamplerSection
+    applies_to: str
+    """`mask_bias.applies_to`."""
+    padded: bool
+    """Whether rows may hold pads; without them attention is spared its mask, and the device the question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,56 +70,64 @@ class Stage:
     """Whether the sampler trains, and fills the critic's input."""
 
 
-def stage(config: Config, step: int) -> Stage:
+def stage(objective: Objective, step: int) -> Stage:
     """The curriculum's values at an optimizer step."""
-    has_critic = config.model.critic and step >= config.critic.start
+    critic = objective.critic
+    has_critic = objective.model.critic and step >= critic.start
     return Stage(
-        remask_ratio=ramp(step, 0, config.corruption.proofreading_warmup, config.corruption.remask_ratio),
-        penalty=ramp(step, 0, config.loss.masking_warmup, config.loss.penalty_mask_correct),
-        critic_weight=ramp(step, config.critic.start, config.critic.end, config.critic.alpha) if has_critic else 0.0,
-        sampler=config.model.sampler and step >= config.sampler.start,
+        remask_ratio=ramp(step, 0, objective.corruption.proofreading_warmup, objective.corruption.remask_ratio),
+        penalty=ramp(step, 0, objective.loss.masking_warmup, objective.loss.penalty_mask_correct),
+        critic_weight=ramp(step, critic.start, critic.end, critic.alpha) if has_critic else 0.0,
+        sampler=objective.model.sampler and step >= objective.sampler.start,
     )
 
 
 def corrupt_batch(
-    model: GPT, config: Config, stage: Stage, clean: Tensor, attention_mask: Tensor, *, seeds: Tensor, times: Tensor
+    model: GPT,
+    objective: Objective,
+    stage: Stage,
+    clean: Tensor,
+    attention_mask: Tensor,
+    *,
+    seeds: Tensor,
+    times: Tensor,
 ) -> Corrupted:
-    """Corrupt rows for the configured objective; replacements may come from the model's own predictions.
+    """Corrupt rows for the objective; replacements may come from the model's own predictions.
 
     Args:
         clean: [B, T] int64; attention_mask: [B, T] bool; seeds, times: [B], from `stratified_rows`.
     """
     rows = {"vocabulary": model.vocabulary, "attention_mask": attention_mask, "seeds": seeds, "times": times}
-    if config.loss.objective == "mdlm":
+    if objective.loss.objective == "mdlm":
         return mask_only(clean, **rows)
-    rates = {"remask_ratio": stage.remask_ratio, "guaranteed_correct": config.corruption.guaranteed_correct}
-    corrupted, share = corrupt(clean, **rows, **rates), config.corruption.own_predictions
+    rates = {"remask_ratio": stage.remask_ratio, "guaranteed_correct": objective.corruption.guaranteed_correct}
+    corrupted, share = corrupt(clean, **rows, **rates), objective.corruption.own_predictions
     if not share or not stage.remask_ratio:
         return corrupted
     with torch.no_grad():  # the model fills what is to be replaced, as it will when it samples
         blank = corrupted.inputs.masked_fill(corrupted.replaced, model.vocabulary.mask_id)
-        logits = model(blank, attention_mask=_visible(config, attention_mask))
+        logits = model(blank, attention_mask=attention_mask if objective.padded else None)
         own = fill_masks(blank, logits, vocabulary=model.vocabulary, seeds=seeds)
     return corrupt(clean, **rows, **rates, own_predictions=own, own_share=share)
 
 
-def counts(config: Config, stage: Stage, corrupted: Corrupted) -> Tensor:
+def counts(objective: Objective, corrupted: Corrupted) -> Tensor:
     """[3] float64: the denominators of generator, sampler and critic in this part of the batch, to be summed."""
-    if config.model.attention == "causal":
+    if objective.model.attention == "causal":
         generator = next_token_counted(corrupted.loss_mask).sum().double()
-    elif config.loss.objective == "mdlm":
+    elif objective.loss.objective == "mdlm":
         generator = mdlm_denominator(corrupted)
     else:
         generator = corrective_denominator(
-            corrupted, weight_unmask=config.loss.weight_unmask, weight_remask=config.loss.weight_remask
+            corrupted, weight_unmask=objective.loss.weight_unmask, weight_remask=objective.loss.weight_remask
         )
-    critic = critic_counted(corrupted, config.critic.scope).sum().double()
+    critic = critic_counted(corrupted, objective.critic.scope).sum().double()
     return torch.stack([generator, corrupted.masked.sum().double(), critic]).clamp(min=1e-9)
 
 
 def multitask_loss(
     model: GPT,
-    config: Config,
+    objective: Objective,
     stage: Stage,
     corrupted: Corrupted,
     *,
@@ -121,7 +146,7 @@ def multitask_loss(
     Returns:
         The total, and metrics as pairs (see `grpo/metrics.py`).
     """
-    visible = _visible(config, corrupted.loss_mask)
+    visible = corrupted.loss_mask if objective.padded else None
     vocabulary = model.vocabulary
     totals = totals.float()
     fills = stage.critic_weight and not stage.sampler
@@ -135,7 +160,7 @@ def multitask_loss(
             loss, own = next_token_loss(
                 logits, part.clean, attention_mask=part.loss_mask, vocabulary=vocabulary, denominator=totals[0]
             )
-        elif config.loss.objective == "mdlm":
+        elif objective.loss.objective == "mdlm":
             loss, own = mdlm_loss(logits, part, vocabulary=vocabulary, denominator=totals[0])
         else:
             loss, own = corrective_loss(
@@ -143,11 +168,11 @@ def multitask_loss(
                 part,
                 vocabulary=vocabulary,
                 denominator=totals[0],
-                weight_unmask=config.loss.weight_unmask,
-                weight_remask=config.loss.weight_remask,
+                weight_unmask=objective.loss.weight_unmask,
+                weight_remask=objective.loss.weight_remask,
                 penalty=stage.penalty,
                 mask_bias=mask_bias,
-                applies_to=config.mask_bias.applies_to,
+                applies_to=objective.applies_to,
             )
         metrics = merge_sums(metrics, own)
         if fills:
@@ -165,7 +190,7 @@ def multitask_loss(
             corrupted.clean,
             corrupted.masked,
             seeds=seeds,
-            side_dropout=config.sampler.side_dropout,
+            side_dropout=objective.sampler.side_dropout,
             denominator=totals[1],
         )
         total, metrics = total + loss, metrics | part
@@ -179,16 +204,11 @@ def multitask_loss(
                     seeds=seeds,
                     step=CRITIC_STEP,
                     attention_mask=visible,
-                    min_neighbors_ratio=config.sampler.min_neighbors_ratio,
+                    min_neighbors_ratio=objective.sampler.min_neighbors_ratio,
                 ).tokens
             )
         text = torch.cat(filled)
         scores = model.heads["critic"](model.encode(text, visible))
-        loss, part = critic_loss(scores, text, corrupted, scope=config.critic.scope, denominator=totals[2])
+        loss, part = critic_loss(scores, text, corrupted, scope=objective.critic.scope, denominator=totals[2])
         total, metrics = total + stage.critic_weight * loss, metrics | part
     return total, metrics
-
-
-def _visible(config: Config, attention_mask: Tensor) -> Tensor | None:
-    """None in a layout without pads, which spares attention its mask, and the device the question."""
-    return attention_mask if config.data.layout == "documents" else None

@@ -51,6 +51,9 @@ LEFT_BY_SIGNAL = 143
 BOOKKEEPING = ("num_workers", "micro_batches", "log_every", "checkpoint_every")
 """Fields of `pretrain` that change no weight (but for the order of summation)."""
 
+PARTS = ("val_loss_", "val_p_mask_")
+"""Figures of a validation that the curve and the summary hold, and the table at the end does without."""
+
 
 def pretrain(config: Config, *, folder: Path | None = None, display: Display | None = None) -> Path:
     """The checkpoint folder of the pretrained model; trained now unless the folder holds it already.
@@ -199,7 +202,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     folder = run_folder(config.run, f"pretrain-{config_hash(config)}")
     pretrain(config, folder=folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    summary_table(f"pretrain {folder.name}", [[key, value] for key, value in summary.items()], ["", "value"])
+    rows = [[key, value] for key, value in summary.items() if not key.removeprefix("last_").startswith(PARTS)]
+    summary_table(f"pretrain {folder.name}", rows, ["", "value"])
     shows = f"sample.py --checkpoint {folder / 'best'}" if config.pretrain.mode == "generator" else "grpo.py"
     print(f"model    {folder / 'best'}\nsummary  {folder / 'summary.json'}\n"
           f"curves   mlflow ui --backend-store-uri {tracking_uri(config.tracking, config.run.output)}\n"

@@ -11,10 +11,12 @@ from torch import nn
 
 from grpo import checkpoint as checkpoints
 from grpo.checkpoint import load_checkpoint, load_into, load_model, load_tokenizer, save_checkpoint, write_manifest
-from grpo.config import ModelSection, RewardSection
+from grpo.config import Config, DataSection, GrpoSection, ModelSection, RewardSection
+from grpo.config_file import to_dict
 from grpo.gpt2 import load_gpt2
 from grpo.model import GPT, text_logits
 from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
+from grpo.text_generator import TextGenerator
 from grpo.tokenizer import Vocabulary, build_tokenizer
 
 torch.set_num_threads(1)
@@ -114,8 +116,11 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
 
 def test_tokenizer_travels_with_the_checkpoint(tmp_path):
     tokenizer = build_tokenizer("bytes")
-    save_checkpoint(tmp_path / "one", make(), config={}, tokenizer=tokenizer)
+    model = GPT(ModelSection(n_layer=1, n_head=2, n_embd=16), tokenizer.vocabulary, block_size=8)
+    save_checkpoint(tmp_path / "one", model, config={}, tokenizer=tokenizer)
     assert load_tokenizer(tmp_path / "one").fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match="the tokenizer bytes has 256 tokens, the model 30: save"):
+        save_checkpoint(tmp_path / "one", make(), config={}, tokenizer=tokenizer)
     save_checkpoint(tmp_path / "one", make(), config={})
     with pytest.raises(ValueError, match="saved without a tokenizer"):
         load_tokenizer(tmp_path / "one")
@@ -305,6 +310,31 @@ def test_gpt2_layout_gives_the_logits_of_transformers(gpt2, tmp_path):
     torch.testing.assert_close(text_logits(model(ids), model.vocabulary), expected, rtol=1e-5, atol=1e-4)
     save_checkpoint(tmp_path / "ours", model, config={})
     assert torch.equal(load_model(tmp_path / "ours")(ids), model(ids))
+
+
+@torch.no_grad()
+def test_gpt2_s_end_of_text_is_no_text_and_gives_its_place_to_mask(tmp_path):
+    """Ids as GPT-2 has them, with bytes for its 50256 tokens: a checkpoint that other pipelines read as any base."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    reference = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=257, n_layer=1, n_head=2, n_embd=16, n_positions=20, bos_token_id=256, eos_token_id=256)).eval()
+    with torch.no_grad():  # it wants to end every text at once
+        reference.transformer.ln_f.bias.fill_(1.0)
+        reference.transformer.wte.weight[256] = 1.0
+    reference.save_pretrained(tmp_path / "gpt2")
+    tokenizer, model = build_tokenizer("bytes"), load_gpt2(tmp_path / "gpt2", block_size=12)
+    assert model.vocabulary == tokenizer.vocabulary and model.vocabulary.mask_id == 256 and model.block_size == 12
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected = reference(ids).logits
+    assert (expected.argmax(-1) == 256).all()
+    torch.testing.assert_close(model(ids)[..., :257], expected, rtol=1e-5, atol=1e-4)
+    config = Config(model=model.model, data=DataSection(block_size=12), grpo=GrpoSection(prompt_tokens=4))
+    folder = save_checkpoint(tmp_path / "base", model, config=to_dict(config), tokenizer=tokenizer)
+    generator = TextGenerator(folder)
+    assert all("\u2588" not in text and text.startswith("ab") for text in generator("ab", num=20))
+    with pytest.raises(ValueError, match="block_size must be at most 20"):
+        load_gpt2(tmp_path / "gpt2", block_size=21)
 
 
 def test_gpt2_settings_that_differ_are_refused(gpt2):

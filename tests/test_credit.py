@@ -84,3 +84,28 @@ def test_each_reward_is_a_figure_of_its_own():
     assert mean("rewards/my_module.score") == pytest.approx(score.mean().item(), rel=1e-5)
     assert mean("rewards/my_module.score/square") == pytest.approx(score.square().mean().item(), rel=1e-5)
     assert mean("reward") == pytest.approx(2 * score.mean().item(), rel=1e-5) and "p_natural" not in sums
+
+
+@pytest.mark.parametrize("neutral", [False, True])
+def test_the_advantages_that_are_logged_are_those_that_act_as_the_loss_weighs_them(neutral):
+    """Two texts of two tokens, three actions credited; the user's reward adds 1 to one text, -1 to the other."""
+    tokens = torch.tensor([[5.0, 2.0], [1.0, 4.0]])  # advantages 2, -1 and -2, 1 without the user's
+    rows, positions = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    weights = torch.tensor([0.25, 0.25, 0.5])
+    nothing = torch.zeros(3, dtype=torch.int64)
+    acted = Rollout(
+        tokens=torch.zeros(2, 2, dtype=torch.int64), attention_mask=torch.ones(2, 2, dtype=torch.bool),
+        completion_mask=torch.ones(2, 2, dtype=torch.bool), group_size=2, temperature=1.0, policy_version=0,
+        hidden=torch.zeros(3, 4), actions=nothing, rows=rows, positions=positions, steps=nothing,
+        logprobs=torch.tensor([-1.0, -2.0, -3.0]), entropies=torch.tensor([3.0, 2.0, 2.0]))  # k = 2, 0, -1
+    scores = Scores(logits=torch.zeros(2, 2), token_logits=tokens, features=None, version=0,
+                    users={NAME: torch.tensor([7.0, 3.0])})
+    grpo = GrpoSection(rewards={NAME: 1.0}, credit="token", neutral=neutral, prompts=1, group_size=2, rollout_actors=1)
+    found, sums = action_credits([acted], [scores], [weights], grpo=grpo, signal="log_odds",
+                                 all_reduce=lambda tensor, op="sum": tensor)
+    # c = (0.25 x 2 x 2 + 0.5 x 1 x -1) / (0.25 x 4 + 0.5 x 1) = 1/3
+    expected = [2 - 2 / 3 + 1, -1.0 + 1, 1 + 1 / 3 - 1] if neutral else [3.0, 0.0, 0.0]
+    square = 0.25 * 49 / 9 + 0.5 / 9 if neutral else 0.25 * 9
+    torch.testing.assert_close(found[0], torch.tensor(expected))
+    assert sums["advantage"].tolist() == pytest.approx([0.75, 1.0], rel=1e-6)
+    assert sums["advantage/square"].tolist() == pytest.approx([square, 1.0], rel=1e-6)

@@ -82,6 +82,11 @@ def test_grpo_imports_downwards_only(path):
     assert used <= lower, f"{path.name} imports {used - lower} from above"
 
 
+def test_only_config_files_of_the_mathematics_know_the_whole_config():
+    knowing = {path.stem for path in (ROOT / "grpo").glob("*.py") if "grpo.config.Config" in imported(path)}
+    assert knowing <= {"config_file"}
+
+
 def test_the_mathematics_never_synchronises_inside_a_step():
     """`.item()` and `.tolist()` wait for the device; they belong to those who read metrics."""
     steps = ["corruption", "diffusion_loss", "features", "critic", "remasking", "denoise", "policy_loss"]

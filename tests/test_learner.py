@@ -94,6 +94,24 @@ def test_a_resumed_learner_continues_bit_for_bit(config):
     assert fresh.learner.numbers() == steady.learner.numbers()
 
 
+def test_the_critic_s_weight_moves_no_other_head_over_a_frozen_trunk_and_hardly_the_critic():
+    """As `critic.alpha` says: AdamW takes the size out of a gradient that no other loss shares."""
+    worlds = [World(replace(CONFIG, critic=replace(CONFIG.critic, alpha=alpha))) for alpha in (1.0, 0.1)]
+    start = worlds[0].state()
+    for world in worlds:
+        for round in range(3):
+            world.round(round)
+    strong, weak = (world.state() for world in worlds)
+    critic = {name for name in start if name.startswith("policy.critic.")}
+    others = {name for name in start if name.startswith("policy.")} - critic
+    assert_same({name: strong[name] for name in others}, {name: weak[name] for name in others})
+    moved, apart = (
+        torch.cat([(left[name] - right[name]).flatten() for name in sorted(critic)]).norm()
+        for left, right in ((strong, start), (strong, weak))
+    )
+    assert 0 < apart < 0.05 * moved
+
+
 # ---- the frozen trunk ------------------------------------------------------------------------------------------------
 
 

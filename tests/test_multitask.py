@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from actors.phase import objective
 from grpo.config import (
     Config,
     CorruptionSection,
@@ -49,18 +50,18 @@ def rows(seed=0, pads=True):
 
 def corrupted_rows(model, config, now, tokens, attention_mask, part=slice(None)):
     seeds, times = stratified_rows(0, 1, 3, torch.arange(B), B)
-    corrupted = corrupt_batch(model, config, now, tokens[part], attention_mask[part], seeds=seeds[part],
+    corrupted = corrupt_batch(model, objective(config), now, tokens[part], attention_mask[part], seeds=seeds[part],
                               times=times[part])
     return corrupted, seeds[part]
 
 
 def gradient(config, parts, tokens, attention_mask, step=LATE):
-    model, now = make_model(config), stage(config, step)
+    model, now = make_model(config), stage(objective(config), step)
     examples = [corrupted_rows(model, config, now, tokens, attention_mask, part) for part in parts]
-    totals = sum(counts(config, now, corrupted) for corrupted, _ in examples)
+    totals = sum(counts(objective(config), corrupted) for corrupted, _ in examples)
     loss = 0.0
     for corrupted, seeds in examples:
-        part, _ = multitask_loss(model, config, now, corrupted, seeds=seeds, totals=totals, mask_bias=0.3)
+        part, _ = multitask_loss(model, objective(config), now, corrupted, seeds=seeds, totals=totals, mask_bias=0.3)
         part.backward()
         loss += float(part.detach())
     return loss, {name: p.grad for name, p in model.named_parameters()}
@@ -68,12 +69,12 @@ def gradient(config, parts, tokens, attention_mask, step=LATE):
 
 def test_stages_follow_their_ramps():
     none = Stage(remask_ratio=0.0, penalty=0.0, critic_weight=0.0, sampler=False)
-    assert stage(CONFIG, 0) == none
-    assert stage(CONFIG, 9) == replace(none, remask_ratio=0.09, penalty=0.09)
-    assert stage(CONFIG, 10) == replace(none, remask_ratio=0.1, penalty=0.1, sampler=True)
-    assert stage(CONFIG, 30) == Stage(remask_ratio=0.3, penalty=0.3, critic_weight=0.25, sampler=True)
-    assert stage(CONFIG, LATE) == Stage(remask_ratio=1.0, penalty=0.5, critic_weight=0.5, sampler=True)
-    assert stage(CAUSAL, LATE).critic_weight == 0.0 and not stage(CAUSAL, LATE).sampler
+    assert stage(objective(CONFIG), 0) == none
+    assert stage(objective(CONFIG), 9) == replace(none, remask_ratio=0.09, penalty=0.09)
+    assert stage(objective(CONFIG), 10) == replace(none, remask_ratio=0.1, penalty=0.1, sampler=True)
+    assert stage(objective(CONFIG), 30) == Stage(remask_ratio=0.3, penalty=0.3, critic_weight=0.25, sampler=True)
+    assert stage(objective(CONFIG), LATE) == Stage(remask_ratio=1.0, penalty=0.5, critic_weight=0.5, sampler=True)
+    assert stage(objective(CAUSAL), LATE).critic_weight == 0.0 and not stage(objective(CAUSAL), LATE).sampler
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -128,13 +129,13 @@ def test_heads_that_have_not_joined_get_no_gradient():
 
 
 def test_the_critic_reads_the_corrupted_text_with_its_masks_sampled_and_that_is_one_more_trunk_pass():
-    model, now = make_model(CONFIG), stage(CONFIG, LATE)
+    model, now = make_model(CONFIG), stage(objective(CONFIG), LATE)
     read = []
     model.trunk.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     corrupted, seeds = corrupted_rows(model, CONFIG, now, *rows())
-    totals = counts(CONFIG, now, corrupted)
+    totals = counts(objective(CONFIG), corrupted)
     for bias in (0.0, 5.0):
-        multitask_loss(model, CONFIG, now, corrupted, seeds=seeds, totals=totals, mask_bias=bias)
+        multitask_loss(model, objective(CONFIG), now, corrupted, seeds=seeds, totals=totals, mask_bias=bias)
     assert len(read) == 4 and read[0].equal(corrupted.inputs)
     filled = read[1]
     assert filled[corrupted.masked].max() < 40 and corrupted.masked.sum() > 10
@@ -145,7 +146,7 @@ def test_the_critic_reads_the_corrupted_text_with_its_masks_sampled_and_that_is_
 
 
 def test_a_frozen_trunk_gets_no_gradient_and_its_heads_the_same_as_before():
-    text, now = rows(), stage(CONFIG, LATE)
+    text, now = rows(), stage(objective(CONFIG), LATE)
     gradients = []
     for frozen in (False, True):
         model = make_model(CONFIG)
@@ -153,8 +154,9 @@ def test_a_frozen_trunk_gets_no_gradient_and_its_heads_the_same_as_before():
         if frozen:
             model.freeze_trunk()
         corrupted, seeds = corrupted_rows(model, CONFIG, now, *text)
-        multitask_loss(model, CONFIG, now, corrupted, seeds=seeds, totals=counts(CONFIG, now, corrupted),
-                       mask_bias=0.0)[0].backward()
+        totals = counts(objective(CONFIG), corrupted)
+        loss, _ = multitask_loss(model, objective(CONFIG), now, corrupted, seeds=seeds, totals=totals, mask_bias=0.0)
+        loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     whole, heads = gradients
     for name, expected in whole.items():
@@ -166,7 +168,7 @@ def test_a_frozen_trunk_gets_no_gradient_and_its_heads_the_same_as_before():
 
 
 def test_replacements_can_be_the_models_own_predictions():
-    model, now = make_model(CONFIG), stage(CONFIG, LATE)
+    model, now = make_model(CONFIG), stage(objective(CONFIG), LATE)
     model.untie()
     with torch.no_grad():  # a model that says 7 everywhere
         model.heads["lm"].matrix.zero_()

@@ -103,6 +103,14 @@ def test_the_curve_on_disk_is_the_undisturbed_run_s(dataset, tmp_path):
         assert untimed(curve) == untimed(logged)
 
 
+def test_the_held_out_objective_stands_in_the_curve_beside_the_bound(dataset, tmp_path):
+    result, _ = run(CONFIG, dataset, tmp_path)
+    parts = {"val_loss_unmask", "val_loss_remask", "val_loss_keep", "val_loss_sampler", "val_p_mask_unmask"}
+    bounded = [row for row in read_curve(tmp_path) if "val_nelbo_nats" in row]
+    assert [row["step"] for row in bounded] == [20, 40, 60] and all(parts <= row.keys() for row in bounded)
+    assert parts <= result.keys()
+
+
 def test_a_run_that_is_over_only_gives_its_figures_again(dataset, tmp_path):
     whole, _ = run(CONFIG, dataset, tmp_path)
     again, logged = run(CONFIG, dataset, tmp_path)
@@ -232,6 +240,7 @@ def test_a_killed_run_started_again_is_bitwise_the_undisturbed_one(corpus, tmp_p
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "val_nelbo_nats" in done.stdout and "sample.py --checkpoint" in done.stdout
+    assert "val_loss_unmask" not in done.stdout  # the table stays short
     run(config, prepare(config.data, config.run.cache), tmp_path / "whole")
     for name in ("best", "checkpoints/step-00001200"):
         assert same_bits(tmp_path / "whole" / name, folder / name)
@@ -251,7 +260,7 @@ def assert_tracked_once(database, name, steps):
     assert sorted(metric.step for metric in history) == list(steps)
     assert {"p_mask_unmask", "mask_bias", "mask_prob_target", "loss_remask", "loss_keep", "loss_critic", "loss_sampler",
             "grad_norm_generator", "grad_norm_critic", "learning_rate", "tokens_per_s", "val_bpb",
-            "critic_auroc"} <= runs[0].data.metrics.keys()
+            "val_loss_unmask", "val_p_mask_unmask", "critic_auroc"} <= runs[0].data.metrics.keys()
 
 
 def processes_below(parent):

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from actors.pretrainer import Pretrainer, causal_nll, critic_quality
+from actors.pretrainer import OBJECTIVE_STREAM, VALIDATION_SEED, Pretrainer, causal_nll, critic_quality
 from grpo.config import (
     Config,
     CorruptionSection,
@@ -19,6 +19,7 @@ from grpo.config import (
     PretrainSection,
     SamplerSection,
 )
+from grpo.corruption import corrupt, stratified_rows
 from grpo.data import Batch
 from grpo.model import GPT
 from grpo.tokenizer import Vocabulary
@@ -151,10 +152,68 @@ def test_validation_repeats_itself_and_leaves_training_alone():
     trainer, _ = trained(CONFIG)
     before = weights(trainer)
     first, again = trainer.validate(batch(99), 1.0), trainer.validate(batch(99), 1.0)
-    assert first == again and {"val_nelbo_nats", "val_nelbo_se", "val_bpb", "critic_auroc", "critic_ece"} == set(first)
+    parts = {f"val_{kind}_{task}" for kind in ("loss", "p_mask") for task in ("unmask", "remask", "keep")}
+    assert first == again and set(first) == parts | {
+        "val_loss_sampler", "val_nelbo_nats", "val_nelbo_se", "val_bpb", "critic_auroc", "critic_ece"}
     assert all(p.equal(before[name]) for name, p in weights(trainer).items())
-    trainer.mask_bias.bias += 3.0  # the bound does not see the moving bias
+    trainer.mask_bias.bias += 3.0  # no figure sees the moving bias
     assert trainer.validate(batch(99), 1.0) == first
+
+
+def test_validated_between_any_two_steps_training_keeps_its_bits():
+    config = replace(CONFIG, model=replace(CONFIG.model, dropout=0.2))
+    (plain, figures), validated = trained(config), make_trainer(config)
+    for step in range(8):
+        drawn = torch.get_rng_state()
+        validated.validate(batch(99), 1.0)
+        assert torch.get_rng_state().equal(drawn)
+        _, same = trained(config, trainer=validated, steps=[step])
+    assert all(weights(validated)[name].equal(expected) for name, expected in weights(plain).items())
+    assert same == figures
+
+
+@torch.no_grad()
+def test_the_held_out_objective_is_that_of_one_corruption_at_the_curriculum_s_end():
+    """Far from the end of every ramp, and with replacements of the model's own, against plain torch on whole tables."""
+    config = replace(CONFIG, sampler=SamplerSection(start=2, side_dropout=0.0), loss=LossSection(masking_warmup=10**6),
+                     corruption=CorruptionSection(proofreading_warmup=10**6, own_predictions=1.0))
+    with torch.enable_grad():
+        trainer, _ = trained(config)
+    model, rows, vocabulary = trainer.model, batch(99, num=200), Vocabulary(40)  # more rows than are read at once
+    figures = trainer.validate(rows, 1.0)
+    seeds, times = stratified_rows(VALIDATION_SEED, OBJECTIVE_STREAM, 0, torch.arange(200), 200)
+    inputs = corrupt(rows.tokens, vocabulary=vocabulary, attention_mask=rows.attention_mask, seeds=seeds, times=times,
+                     remask_ratio=1.0, guaranteed_correct=0.01).inputs
+    masked = inputs == 40
+    tasks = {"unmask": masked, "remask": ~masked & (inputs != rows.tokens), "keep": rows.attention_mask & ~masked}
+    tasks["keep"] &= inputs == rows.tokens
+    hidden = model.encode(inputs, rows.attention_mask)
+    logprobs = model.heads["lm"](hidden)[..., :41].double().log_softmax(-1)
+    for task, where in tasks.items():
+        targets = torch.full_like(rows.tokens, 40) if task == "remask" else rows.tokens
+        losses = -logprobs[where].gather(-1, targets[where][:, None])
+        assert where.sum() > 100 and figures[f"val_loss_{task}"] == pytest.approx(float(losses.mean()), rel=1e-5)
+        p_mask = logprobs[where][:, 40].exp().mean()
+        assert figures[f"val_p_mask_{task}"] == pytest.approx(float(p_mask), rel=1e-4)
+    states = model.heads["sampler"](hidden, *model.neighbor_embeddings(rows.tokens))[masked]
+    sampler = F.cross_entropy(model.heads["lm"](states)[:, :40].double(), rows.tokens[masked])
+    assert figures["val_loss_sampler"] == pytest.approx(float(sampler), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_held_out_objective_depends_on_the_model_alone():
+    """Not on the step, nor on ramps; the sampler's loss is there if it ever trains."""
+    rows, pretrain = batch(99), replace(CONFIG.pretrain, steps=3)
+    expected = make_trainer().validate(rows, 1.0)
+    for corruption in (CorruptionSection(proofreading_warmup=0), CorruptionSection(proofreading_warmup=10**6)):
+        for start in (2, 3):
+            config = replace(CONFIG, corruption=corruption, sampler=SamplerSection(start=start), pretrain=pretrain)
+            figures = make_trainer(config).validate(rows, 1.0)
+            assert ("val_loss_sampler" in figures) == (start == 2)
+            assert figures.items() <= expected.items()
+    mdlm = make_trainer(replace(CONFIG, loss=LossSection(objective="mdlm"))).validate(rows, 1.0)
+    assert {"val_loss_unmask", "val_loss_sampler"} <= mdlm.keys() and not {"val_nelbo", "val_loss_keep"} & mdlm.keys()
+    assert not any(name.startswith("val_loss") for name in make_trainer(CAUSAL).validate(rows, 1.0))
 
 
 @pytest.mark.parametrize("knows, auroc", [(8.0, 1.0), (-8.0, 0.0), (0.0, 0.5)])
