@@ -23,6 +23,7 @@ from actors.discriminator import Discriminator, NoDiscriminator
 from actors.phase import Phase, accumulate, accumulating, check_finite, objective, reduced_means, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, attach, mount, own_heads, to_arrays
+from grpo.actions import credited_tokens, credits_positions, most_actions
 from grpo.config import Config
 from grpo.corruption import stratified_rows
 from grpo.data import Batch
@@ -47,7 +48,7 @@ from grpo.policy_loss import (
     mean_log_ratios,
 )
 from grpo.replay import CACHED, Part, action_values, draw_steps, part_logprobs, split
-from grpo.trajectory import Rollout, credited, credited_tokens, credits_positions, most_actions, wavefront_figures
+from grpo.trajectory import Rollout, credited, wavefront_figures
 
 ANCHOR_STREAM = 21
 

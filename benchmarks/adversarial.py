@@ -19,13 +19,13 @@ from actors.learner import Learner
 from actors.pretrainer import Pretrainer
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, to_arrays
+from grpo.actions import credited_tokens, credits_positions
 from grpo.completion import complete
 from grpo.config import Config, DenoiseSection
 from grpo.data import Batch, Cursor, Dataset
 from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
-from grpo.trajectory import credited_tokens, credits_positions
 
 
 def train_base(config: Config, dataset: Dataset, *, device: str = "cpu") -> tuple[GPT, Pretrainer]:

@@ -3,15 +3,12 @@
 1. An action is one proposed token at one denoising step. Its state is the trunk's hidden state there, which
    a frozen trunk never changes; under the wavefront also the neighbours that were visible. So likelihood ratios and KL
    need head-sized matrix products only, and no replay of the trajectory.
-2. The remasker is part of the environment, as it was when the round began. When it ignores the proposals (`random`),
-   proposals that it discards have zero expected score, and only kept ones need be credited; but under the wavefront a
-   discarded token was its neighbours' context, so there all are.
-3. Policy `self` re-masks by the lm head's own judgement, so each draw of its choice is an action too: a categorical
-   over the positions still left, at the states that were judged. `grpo.policy_positions` credits the choices of
-   `confidence` and `critic`, whose weights also come from the generator's heads, in the same way.
-4. Probabilities are those that were sampled from: temperature and nucleus included. The nucleus is the behaviour
+2. The remasker is part of the environment, as it was when the round began. Which of its choices and of the proposals
+   are credited, `grpo/actions.py` says. Each draw of a credited re-mask choice is a categorical over the positions
+   still left, at the states that were judged.
+3. Probabilities are those that were sampled from: temperature and nucleus included. The nucleus is the behaviour
    policy's, kept with the action, so that a ratio compares two distributions over the same support.
-5. Where something below the heads trains, states do not last: the rollout keeps what the trunk read at each step
+4. Where something below the heads trains, states do not last: the rollout keeps what the trunk read at each step
    instead, and `grpo/replay.py` computes them again.
 """
 
@@ -25,7 +22,7 @@ from torch import Tensor
 
 from grpo.autoregress import generate
 from grpo.config import DenoiseSection
-from grpo.denoise import StepRecord, denoise, num_masked_after
+from grpo.denoise import StepRecord, denoise
 from grpo.metrics import weighted_sum
 from grpo.model import GPT
 from grpo.remasking import (
@@ -142,48 +139,6 @@ ACTION_FIELDS = (
     "hidden", "actions", "rows", "positions", "steps", "logprobs", "entropies", "neighbors", "by_lm", "support",
 )
 """Fields of a `Rollout` with one entry per action."""
-
-
-def credited_tokens(policy_tokens: str, remasking: str, sampler: bool) -> str:
-    """Resolve `auto`: `kept` where discarded proposals changed nothing that was kept, `all` elsewhere.
-
-    Raises:
-        ValueError: `kept` where the remasker or the wavefront looked at proposals, which biases the gradient.
-    """
-    ignored = remasking == "random" and not sampler
-    if policy_tokens == "auto":
-        return "kept" if ignored else "all"
-    if policy_tokens == "kept" and not ignored:
-        where = "denoise.sampler is true" if remasking == "random" else f"denoise.remasking is {remasking}"
-        raise ValueError(
-            f"grpo.policy_tokens must be all or auto when {where} (discarded proposals had a say in what "
-            "was kept, so they must be credited too), got 'kept'"
-        )
-    return policy_tokens
-
-
-def credits_positions(policy_positions: bool, remasking: str, randomness: float) -> bool:
-    """Whether re-mask choices are actions: always under `self`, on demand under `confidence` and `critic`.
-
-    A choice without randomness has no density, and one of full randomness no dependence on the heads.
-
-    Raises:
-        ValueError: they are demanded where no head of the generator makes them, or where they have no gradient.
-    """
-    random = 0 < randomness < 1
-    if not policy_positions:
-        return remasking == "self" and random
-    if remasking not in ("self", "confidence", "critic"):
-        raise ValueError(
-            f"grpo.policy_positions must be false when denoise.remasking is {remasking} (its choices do not "
-            "come from the generator's heads), got true"
-        )
-    if not random:
-        raise ValueError(
-            "denoise.randomness must be strictly between 0 and 1 when grpo.policy_positions is true (a choice "
-            f"needs a probability that the heads can change), got {randomness}"
-        )
-    return True
 
 
 @torch.no_grad()
@@ -410,14 +365,3 @@ def credited(rollout: Rollout, field: str) -> Tensor:
 def trajectory_logprobs(model: GPT, rollout: Rollout) -> Tensor:
     """Log-probability [M + D] of each credited action under the model's present heads, nats, from cached states."""
     return taken(action_tables(model, rollout), rollout)
-
-
-def most_actions(length: int, settings: DenoiseSection, *, policy_tokens: str, positions: bool, causal: bool) -> int:
-    """The most credited actions that a sample of `length` generated tokens can have: the constant of `dr_grpo`."""
-    if causal:
-        return length
-    again = sum(
-        int(num_masked_after(step, settings.steps, torch.tensor(length), settings.schedule))
-        for step in range(settings.steps - 1)
-    )  # positions that are re-masked, then filled again
-    return length + again * ((policy_tokens == "all") + positions)

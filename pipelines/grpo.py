@@ -36,6 +36,7 @@ import torch
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
+from grpo.actions import credited_tokens, credits_positions
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model
 from grpo.completion import load_remasking_model
 from grpo.config import Config, GrpoSection
@@ -46,7 +47,6 @@ from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
-from grpo.trajectory import credited_tokens, credits_positions
 from pipelines.evaluate import check_enough, check_splits, fit_judge, measure, measure_natural, quality_table
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json

@@ -34,12 +34,11 @@ from typing import Any
 from grpo.config import TrackingSection
 from pipelines.launch import write_json
 from pipelines.metric_names import MetricNames, flatten
+from pipelines.mlflow_model import save_model
 
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
 BATCH = 1000  # metrics per request, MLflow's limit
 IDENTITY = "mlflow.json"  # in a run's folder: of which MLflow run it is
-MODEL_NEEDS = ["torch", "numpy", "pyarrow", "tiktoken", "omegaconf", "safetensors"]
-ROOT = Path(__file__).resolve().parent.parent
 _ENVIRONMENT = {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
                 "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
                 "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
@@ -258,8 +257,8 @@ class Tracker:
             return experiment.experiment_id
         local = self.uri.startswith("sqlite:")
         try:
-            place = (self.folder.parent / "mlflow-artifacts").as_uri() if local else None
-            return client.create_experiment(self._experiment, artifact_location=place)
+            place = Path(self.uri.removeprefix("sqlite:///")).absolute().parent / "mlflow-artifacts"
+            return client.create_experiment(self._experiment, artifact_location=place.as_uri() if local else None)
         except MlflowException:  # another process was faster
             return client.get_experiment_by_name(self._experiment).experiment_id
 
@@ -370,17 +369,6 @@ def _known_run(client: Any, path: Path, own: Mapping[str, str | None]) -> Any:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
-
-
-def save_model(checkpoint: str | Path, folder: Path) -> None:
-    """Write a generator in MLflow's format, with the code that it needs: pickled as it is, because what an exported
-    graph gives back cannot sample."""
-    import mlflow.pytorch
-
-    from grpo.text_generator import TextGenerator
-
-    mlflow.pytorch.save_model(TextGenerator(checkpoint), folder, serialization_format="pickle",
-                              code_paths=[str(ROOT / "grpo")], pip_requirements=MODEL_NEEDS)
 
 
 def _unsent(path: Path, start_step: int) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ ORDER = [
     "completion",
     "text_generator",
     "multitask",
+    "actions",
     "trajectory",
     "policy_loss",
     "replay",

@@ -14,7 +14,6 @@ import pytest
 
 from grpo.config import TrackingSection
 from grpo.text_generator import TextGenerator
-from pipelines.metric_names import MetricNames, flatten, metric_name
 from pipelines.tracking import Tracker, tracking_uri
 
 matplotlib.use("Agg")
@@ -65,44 +64,6 @@ def test_uri_is_absolute_unless_given(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
     assert tracking_uri(SECTION, "runs") == "http://server"
     assert tracking_uri(TrackingSection(uri="http://other"), "runs") == "http://other"
-
-
-@pytest.mark.parametrize("name", ["loss", "reward/p natural", "a-b.c_d/e"])
-def test_good_names_stay(name):
-    assert metric_name(name) == name
-
-
-@pytest.mark.parametrize("name, clean", [("tokens@s", "tokens_s"), ("/a//b/", "a/b"), ("../x", "x"),
-                                         ("k\u00fcrze", "k_rze"), ("a" * 300, "a" * 250),
-                                         ("reward/my_module:score", "reward/my_module_score")])
-def test_bad_names_become_names_that_mlflow_takes(name, clean):
-    from mlflow.utils.validation import _validate_metric_name
-
-    assert metric_name(name) == clean
-    _validate_metric_name(clean)
-
-
-@pytest.mark.parametrize("first, second", [("loss", "loss/policy"), ("loss/policy", "loss"), ("a/b", "a/b/c/d")])
-def test_a_name_that_is_anothers_folder_is_refused(first, second):
-    names = MetricNames()
-    names(first)
-    assert names(first) == first
-    with pytest.raises(ValueError, match=r"is also the folder of .*rename one"):
-        names(second)
-
-
-def test_two_names_that_become_one_are_refused():
-    names = MetricNames()
-    names("a:b")
-    with pytest.raises(ValueError, match="both 'a_b'"):
-        names("a_b")
-    with pytest.raises(ValueError, match="rename"):
-        names("//")
-
-
-def test_config_is_flattened_and_long_values_are_cut():
-    flat = flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "x" * 9000})
-    assert flat == {"a.b": "1", "a.c.d": "[1, 2]", "e": "x" * 497 + "..."}
 
 
 def test_a_run_holds_everything_that_was_logged(tmp_path, client):
@@ -240,6 +201,15 @@ def test_processes_that_come_to_one_folder_at_once_share_its_run(tmp_path, clien
         thread.join()
     assert len(ids) == 4 and len(set(ids)) == 1
     assert client().get_run(ids[0]).data.metrics == {f"x{index}": float(index) for index in range(4)}
+
+
+def test_artifacts_lie_beside_the_store_wherever_the_first_run_is(tmp_path, client):
+    section = TrackingSection(uri=tracking_uri(SECTION, tmp_path), experiment="test")
+    with track(tmp_path / "cache", "base", section=section) as tracker:  # a base model, where it is kept
+        tracker.artifact(tmp_path / "mlflow.db")
+    (experiment,) = (each for each in client().search_experiments() if each.name == "test")
+    assert experiment.artifact_location == (tmp_path / "mlflow-artifacts").as_uri()
+    assert not (tmp_path / "cache" / "mlflow-artifacts").exists()
 
 
 def test_rank_zero_attaches_by_run_id_and_leaves_the_run_open(tmp_path, client):
