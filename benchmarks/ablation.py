@@ -4,9 +4,10 @@
 
 Variants of the same rounds over one base model: as configured; without the policy gradient (anchor alone); with
 advantages that see the temperature; with visible features only; without neighbours in a token's score; with a scoring
-head that lags; with advantages divided by their spread; with an average of the last ten rounds, or the last heads, as
-the result; with adapters or with the whole trunk trained beside the heads, by replay and at a third of the learning
-rate. Gains are the base's figures where it has the variant's token entropy, less the variant's own: above zero is
+head that lags; with advantages divided by their spread; with other values of the KL weight, of
+the accuracy band and of the reward head's width; with an average of the last ten rounds, or the last heads, as the
+result; with adapters or with the whole trunk trained beside the heads, by replay and at a third of the learning rate.
+Gains are the base's figures where it has the variant's token entropy, less the variant's own: above zero is
 better. `cpu_seconds` are those of a round when it was trained. Figures are kept in the cache.
 
 The last line is a JSON object: `rows` (variant, gains and figures, 95 % intervals over seeds) and `gain` (in the
@@ -56,6 +57,9 @@ VARIANTS: dict[str, list[str]] = {
     "no neighbours": ["reward.reach=0"],
     "a head that lags": ["reward.ema=0.9"],
     "normalized advantages": ["grpo.normalize=true"],
+    "KL 0.04": ["grpo.kl=0.04"],
+    "a band up to 0.80": ["reward.band_high=0.8"],
+    "a reward head of width 256": ["reward.hidden=256"],
     "a shorter average": ["grpo.ema=0.9"],
     "last heads": ["grpo.ema=0", "grpo.entropy_floor=0"],
     "adapters train": ["grpo.trainable=lora", *BELOW_THE_HEADS],
