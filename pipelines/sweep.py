@@ -332,7 +332,7 @@ def _publish(config: Config, folder: Path, tracker: Tracker, trials: list[dict[s
     if best is not None:
         chosen = with_values(config, best["values"], "best trial")
         save_config(replace(chosen, run=replace(chosen.run, name=""), sweep=SweepSection()), folder / "best.yaml")
-        tracker.log({f"best/{name}": value for name, value in best["reports"][-1].items()}, 0)
+        tracker.log({f"best/{name}": value for name, value in best["reports"][-1].items()}, len(trials))
         tracker.artifact(folder / "best.yaml")
     tracker.artifact(folder / "trials.json")
     tracker.artifact(folder / "summary.json")
