@@ -291,13 +291,16 @@ class EvaluationSection:
     samples: int = 512
     """Texts per evaluated setting, and natural ones beside them."""
     judge_steps: int = 500
-    """Optimizer steps of the independent causal judge."""
+    """Optimizer steps of the independent causal judge, whose recipe is otherwise fixed (`actors/judge.py`): runs on the
+    same data are judged by the same model."""
     judge_layers: int = 3
     """Blocks of the judge."""
     judge_width: int = 96
     """Width of the judge."""
     judge_heads: int = 4
     """Attention heads of the judge."""
+    judge_learning_rate: float = 3e-3
+    """Peak learning rate of the judge; a wide one wants a smaller one."""
     temperature: tuple[float, ...] = ()
     """Temperatures that `pipelines/evaluate.py` crosses with the lists below; empty: that of `denoise`, as there."""
     top_p: tuple[float, ...] = ()
@@ -319,6 +322,7 @@ class EvaluationSection:
             f"a positive multiple of twice evaluation.judge_heads ({self.judge_heads})",
             self.judge_width,
         )
+        check(self.judge_learning_rate > 0, "evaluation.judge_learning_rate", "positive", self.judge_learning_rate)
         for value in self.temperature:
             check(value > 0, "evaluation.temperature", "positive numbers", value)
         for value in self.top_p:

@@ -74,9 +74,9 @@ def check_enough(config: Config, dataset: Path) -> None:
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
-    """Train the judge, once per data and shape, beside the data; returns its checkpoint. Runs as a Ray task."""
+    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task."""
     wanted = judge_config(config)
-    decides = config_hash(dataset.name, wanted.model, wanted.pretrain, config.run.seed)
+    decides = config_hash(dataset.name, wanted.model, wanted.pretrain, wanted.run.seed)
     folder = dataset.parent / f"judge-{decides}"
     try:
         verify_checkpoint(folder)
@@ -294,7 +294,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
         bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
-        summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "nelbo_bpb": bounds,
+        summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "judge": judge.name,
+                   "nelbo_bpb": bounds,
                    "natural": natural, "rows": rows}
         write_json(folder / "summary.json", summary)
         tracker.figure("frontier", frontier_figure(rows, natural))

@@ -89,6 +89,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 "wall_s": time.monotonic() - started,
                 "rounds": config.grpo.rounds,
                 "seed": config.run.seed,
+                "base": str(paths.base),
+                "judge": paths.judge.name,
                 **{
                     row: {key: value for key, value in figures.items() if key != "samples"}
                     for row, figures in rows.items()

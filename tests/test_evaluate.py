@@ -78,6 +78,15 @@ def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, t
     assert devices == ["cuda"] * 4  # the judge that trains; then the judge, the generator and its re-masking model
 
 
+def test_a_judge_is_found_again_by_runs_of_other_settings(tmp_path):
+    config = settings()
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data").folder
+    others = (["pretrain.learning_rate=1e-4", "pretrain.batch_size=4", "pretrain.log_every=3", "run.seed=2"],
+              ["pretrain.warmup=7", "model.position=learned", "model.bias=true"])
+    assert {fit_judge(settings(*other), dataset) for other in others} == {fit_judge(config, dataset)}
+    assert fit_judge(settings("evaluation.judge_steps=3"), dataset) != fit_judge(config, dataset)
+
+
 def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path):
     config = settings("run.threads=0")
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
@@ -123,6 +132,7 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
     assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))
     assert set(summary["nelbo_bpb"]) == {"model", "base"}
+    assert (tmp_path / "cache" / summary["judge"] / "manifest.json").exists()
     for key in (*SHOWN, "self_bleu", "c2st_ci95"):
         assert rows["model", 0.02, 2][key] == rows["base", 0.02, 2][key] and key in summary["natural"]
     assert rows["model", 0.02, 2]["entropy"] < rows["model", 1.0, 2]["entropy"]

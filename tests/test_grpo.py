@@ -91,6 +91,8 @@ def test_a_run_goes_from_text_to_figures(config, steady):
         for row in ROWS:
             assert FIGURES <= found[row].keys() and all(found[row][name] is not None for name in FIGURES)
     assert written["final"]["nelbo_bpb"] == written["nelbo_bpb"] > 0
+    assert (output / "cache" / written["judge"] / "manifest.json").exists()
+    assert Path(written["base"]) == next((output / "cache").glob("base-*")) / "best"
     assert written["base"]["temperature"] == 1.0 and written["natural"]["judge_nll"] < written["base"]["judge_nll"]
     for name, count in (("reward_accuracy", ROUNDS + WARMUP), ("kl", ROUNDS)):
         steps = logged(output, written["mlflow_run_id"], name)
