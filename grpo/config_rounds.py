@@ -106,7 +106,8 @@ class GrpoSection:
     `anchor: 0`, `entropy_floor: 0` and `ema: 0` (nothing orbits, and an average would lag)."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
-    weight of 0 logs one without learning from it."""
+    weight of 0 logs one without learning from it. An override replaces those of the file;
+    `grpo.rewards.module:function=WEIGHT` adds one."""
     trainable: str = "heads"
     """What trains in the generator: `heads` over cached states of the frozen trunk; with `lora` also low-rank adapters
     of the trunk's linear layers (arXiv:2106.09685), with `all` the trunk itself, by replaying the trajectories. The
