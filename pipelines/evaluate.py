@@ -325,6 +325,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         figures = (*SHOWN, "self_bleu", *reward_columns(natural), "tokens_per_s")
         for step, row in enumerate(rows):
             tracker.log({f"{row['model']}/{key}": row[key] for key in figures}, step)
+        columns = ["model", *SWEPT, "nfe", *figures]
+        tracker.table("settings", [[step, *(row[key] for key in columns)] for step, row in enumerate(rows)],
+                      ["step", *columns])
     title = "  ".join([str(checkpoints["model"]), *(f"{key} {bits:.3f} bits/byte" for key, bits in bounds.items())])
     quality_table(title, {"natural": natural} | {_label(row): row for row in rows})
     print(f"figure   {folder / 'figures' / 'frontier.png'}\nsummary  {folder / 'summary.json'}")

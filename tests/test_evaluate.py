@@ -20,6 +20,7 @@ from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
 from pipelines.evaluate import (
     SHOWN,
+    SWEPT,
     VALIDATION_WINDOWS_SEED,
     Setting,
     check_splits,
@@ -173,6 +174,11 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     vowels = "rewards/grpo.example_rewards.vowel_share"
     for key in (*SHOWN, "self_bleu", "c2st_ci95", vowels):
         assert rows["model", 0.02, 2][key] == rows["base", 0.02, 2][key] and key in summary["natural"]
+    table = json.loads((tmp_path / "runs" / "here" / "tables" / "settings.json").read_text())
+    for step, row in enumerate(table["data"]):
+        told = dict(zip(table["columns"], row, strict=True))
+        assert told["step"] == step and told.items() <= (summary["rows"][step] | {"step": step}).items()
+        assert {"model", *SWEPT, "nfe", *SHOWN, vowels} <= told.keys()
     assert rows["model", 0.02, 2]["entropy"] < rows["model", 1.0, 2]["entropy"]
     assert load_config(tmp_path / "runs" / "here" / "config.yaml") == config
     assert (tmp_path / "runs" / "here" / "figures" / "frontier.png").stat().st_size > 10_000
