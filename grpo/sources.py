@@ -8,6 +8,7 @@ A source is planned as parts, each readable by itself, so that workers share out
 2. Text and JSONL are cut into ranges of `PART_BYTES`; a range owns the documents that begin after the first delimiter
    in it (as in MapReduce), so no document is lost or read twice. Parquet is cut by row groups, the others not at all.
 3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_".
+4. A folder or glob holds text or tables, not both: a README beside a data set is no part of it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def list_files(source: str) -> Files:
     """The files that a file, glob, folder or URI names, sorted by path.
 
     Raises:
-        ValueError: there is none, or one is compressed.
+        ValueError: there is none, one is compressed, or some are text and others tables.
     """
     literal = "://" not in source and _expanded(source).exists()
     wildcard = None if literal else re.search(r"[*?\[]", source)
@@ -108,7 +109,9 @@ def list_files(source: str) -> Files:
             chosen.append((info, filesystem))
     if not chosen or not source:
         raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
-    return _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))
+    files = _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))
+    _check_one_sort(source, base, [info for info, _ in files])
+    return files
 
 
 def _uncompressed(files: Files) -> Files:
@@ -118,6 +121,17 @@ def _uncompressed(files: Files) -> Files:
             raise ValueError(f"data.source: {info.path} is compressed ({suffix}): decompress it, for example with "
                              f"`{_COMPRESSED[suffix]}`")
     return files
+
+
+def _check_one_sort(source: str, base: str, infos: list[pa.fs.FileInfo]) -> None:
+    """Raise a ValueError where text stands beside tables; its remedy is a glob of the larger sort."""
+    sorts = [[info for info in infos if (_kind(info.path) == "text") == text] for text in (True, False)]
+    if all(sorts):
+        texts, tables = (max(sort, key=lambda info: info.size) for sort in sorts)
+        larger = PurePosixPath(max(texts, tables, key=lambda info: info.size).path)
+        glob = f"{base.rstrip('/')}/" if base else ""
+        raise ValueError(f"data.source: {source} holds text ({texts.path}) and tables ({tables.path}): choose "
+                         f"one sort, for example by {glob}**/*{larger.suffix or larger.name}")
 
 
 def _expanded(path: str) -> Path:

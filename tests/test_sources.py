@@ -95,6 +95,24 @@ def test_digests_change_with_content_only(tmp_path):
     assert source_digests(str(path)) != first
 
 
+def test_text_beside_tables_is_refused_with_a_glob_that_takes_the_larger(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("about the data")
+    write(tmp_path / "data" / "train.parquet")
+    for source, glob in ((f"{tmp_path}", f"{tmp_path}/**/*.parquet"), (f"{tmp_path}/**", f"{tmp_path}/**/*.parquet"),
+                         (tmp_path.as_uri(), f"{tmp_path.as_uri()}/**/*.parquet")):
+        told = one_line_error(source, r"holds text \(.*README.md\) and tables \(.*train.parquet\): choose one sort")
+        assert told.endswith(f"for example by {glob}")
+        assert list(read_documents(glob)) == DOCUMENTS
+    monkeypatch.chdir(tmp_path)
+    assert one_line_error("**/*", "holds text").endswith("by **/*.parquet")
+    (tmp_path / "README.md").write_text("about the data " * 1000)
+    monkeypatch.chdir(tmp_path / "data")
+    assert one_line_error("../**", "holds text").endswith("by ../**/*.md")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents("**/*.parquet")) == list(read_documents("data")) == DOCUMENTS
+
+
 @pytest.mark.parametrize("source", ["missing.txt", "none*.txt", "missing/", "", "s3x://bucket/file"])
 def test_missing_sources_are_named(tmp_path, monkeypatch, source):
     (tmp_path / "present.md").write_text("not asked for")
