@@ -22,7 +22,8 @@ class DenoiseSection:
     temperature: float = 1.0
     """Divides the logits of proposals."""
     top_p: float = 1.0
-    """Nucleus mass of proposals (arXiv:1904.09751)."""
+    """Nucleus mass of proposals (arXiv:1904.09751). Below 1 a rollout records the nucleus of each credited token,
+    [M, V] bool: a byte per entry of the text vocabulary, 50 kB per token with GPT-2's."""
     remasking: str = "random"
     """`model`, `critic`, `self`, `confidence`, `random`, or `auto`: the first of these that the model has."""
     remasking_model: str = ""
@@ -234,7 +235,11 @@ class RewardSection:
     spectral_norm: bool = False
     """Spectral normalisation of the head's matrices (arXiv:1802.05957)."""
     replay_rounds: int = 8
-    """Rounds of earlier rollouts kept for the reward phase."""
+    """Rounds of earlier rollouts kept for the reward phase, as features on the learner's device: (replay_rounds + 1) x
+    2 (generated, natural) x prompts x group_size / num_workers x (block_size - prompt_tokens) x F x 4 bytes per rank,
+    where F = (number of layers + 2) x n_embd + 2, without masked passes number of layers x n_embd
+    (`grpo/features.py`). GPT-2's shape, 768 wide with block_size 1024, else by default: F = 2306, 4.8 GB per round and
+    43 GB in all."""
     batch_size: int = 128
     """Natural plus generated texts per reward step."""
     min_steps: int = 10
