@@ -101,14 +101,13 @@ def load_generator(folder: Path) -> tuple[GPT, float]:
 
 
 def judge(config: Config, dataset: Dataset) -> GPT:
-    """The independent causal model, trained on the judge's split with seed 0 whatever the generator's seed."""
-    config = replace(config, run=replace(config.run, seed=0))
+    """The independent causal model, trained on the judge's split whatever the generator's settings."""
 
     def train(folder: Path) -> None:
         save_checkpoint(folder, Judge(config, dataset, threads=torch.get_num_threads()).train(), config={})
 
-    sections = judge_config(config)
-    return load_model(_trained("judge", config, dataset, train, sections.model, sections.pretrain)).eval()
+    wanted = judge_config(config)
+    return load_model(_trained("judge", wanted, dataset, train, wanted.model, wanted.pretrain)).eval()
 
 
 class FillCritic(TokenClassifier):

@@ -3,11 +3,14 @@
 1. YAML and dotted overrides are read by OmegaConf's loader, to which `1e-4` is a number (to `yaml.safe_load`, a text),
    and merged onto the dataclasses, which gives types; a wrong key or type is re-raised as one line that names the full
    key and the nearest existing one.
-2. A hash covers named sections only, so that a cached base model is found again when unrelated keys change.
+2. A mapping of the user's own names (`grpo.rewards`, `sweep.space`) is replaced by what is given for it, like any other
+   value; `grpo.rewards.NAME=VALUE` adds one entry, dots in its name included.
+3. A hash covers named sections only, so that a cached base model is found again when unrelated keys change.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import Config
@@ -28,12 +31,19 @@ def _all_keys() -> list[str]:
     return [f"{section}.{key}" for section, values in to_dict(Config()).items() for key in values]
 
 
+def _mappings() -> list[str]:
+    """Keys that hold a mapping."""
+    sections = to_dict(Config())
+    return [f"{section}.{key}" for section in sections for key, value in sections[section].items() if value == {}]
+
+
 def _one_line(error: Exception, origin: str, likely: str = "") -> str:
     """The error with its key; `likely` where it names none."""
     key = (getattr(error, "full_key", None) or likely).strip()
     first = re.sub(r" \(?(of )?(type )?'?\$VALUE_TYPE'?\)?", "", str(error).splitlines()[0])
     first = re.sub(r"(Value )?'?\$VALUE'?", "an element", first)  # OmegaConf fills in what is no list's element
-    if key and key not in _all_keys() and key not in to_dict(Config()):
+    entry = key.startswith(tuple(f"{mapping}{mark}" for mapping in _mappings() for mark in ".["))
+    if key and not entry and key not in _all_keys() and key not in to_dict(Config()):
         near = difflib.get_close_matches(key, _all_keys() + list(to_dict(Config())), n=1, cutoff=0.5)
         return f"{origin}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     return f"{origin}: {key}: {first}" if key else f"{origin}: {first}"
@@ -51,16 +61,21 @@ def load_config(
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"config file {path} does not exist; see configs/ for those that come with the project")
-        tree = _merge(tree, _sections(path), f"config file {path}")
+        values = _sections(path)
+        given = [key for key in _mappings() if key.partition(".")[2] in values.get(key.partition(".")[0], {})]
+        tree = _merge(_emptied(tree, given), values, f"config file {path}")
     for override in overrides or []:
         key, equals, _ = override.partition("=")
         if not equals or "." not in key:
             raise ValueError(f"override {override!r} must read section.key=value, for example grpo.group_size=16")
+        below = next((mapping for mapping in _mappings() if key.startswith(f"{mapping}.")), None)
+        if below:
+            override = f"{below}[{key[len(below) + 1:]}]{override[len(key):]}"
         try:
             values = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
-        tree = _merge(tree, values, "command line", key)
+        tree = _merge(_emptied(tree, [key] if key in _mappings() else []), values, "command line", key)
     return _built(tree, "config")
 
 
@@ -89,6 +104,15 @@ def _built(tree: Any, origin: str) -> Config:
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error, origin)) from None
+
+
+def _emptied(tree: Any, keys: list[str]) -> Any:
+    """A copy whose mappings at `keys` hold nothing: merging would add to them."""
+    tree = copy.deepcopy(tree)
+    for section, _, key in (key.partition(".") for key in keys):
+        with read_write(tree[section]):
+            tree[section][key] = {}
+    return tree
 
 
 def _merge(tree: Any, values: Any, origin: str, key: str = "") -> Any:

@@ -22,7 +22,8 @@ class DenoiseSection:
     temperature: float = 1.0
     """Divides the logits of proposals."""
     top_p: float = 1.0
-    """Nucleus mass of proposals (arXiv:1904.09751)."""
+    """Nucleus mass of proposals (arXiv:1904.09751). Below 1 a rollout records the nucleus of each credited token,
+    [M, V] bool: a byte per entry of the text vocabulary, 50 kB per token with GPT-2's."""
     remasking: str = "random"
     """`model`, `critic`, `self`, `confidence`, `random`, or `auto`: the first of these that the model has."""
     remasking_model: str = ""
@@ -106,7 +107,8 @@ class GrpoSection:
     `anchor: 0`, `entropy_floor: 0` and `ema: 0` (nothing orbits, and an average would lag)."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Reward functions of the user's own and their weights, by `module:function` (see `grpo/reward_functions.py`); a
-    weight of 0 logs one without learning from it."""
+    weight of 0 logs one without learning from it. An override replaces those of the file;
+    `grpo.rewards.module:function=WEIGHT` adds one."""
     trainable: str = "heads"
     """What trains in the generator: `heads` over cached states of the frozen trunk; with `lora` also low-rank adapters
     of the trunk's linear layers (arXiv:2106.09685), with `all` the trunk itself, by replaying the trajectories. The
@@ -242,7 +244,11 @@ class RewardSection:
     spectral_norm: bool = False
     """Spectral normalisation of the head's matrices (arXiv:1802.05957)."""
     replay_rounds: int = 8
-    """Rounds of earlier rollouts kept for the reward phase."""
+    """Rounds of earlier rollouts kept for the reward phase, as features on the learner's device: (replay_rounds + 1) x
+    2 (generated, natural) x prompts x group_size / num_workers x (block_size - prompt_tokens) x F x 4 bytes per rank,
+    where F = (number of layers + 2) x n_embd + 2, without masked passes number of layers x n_embd
+    (`grpo/features.py`). GPT-2's shape, 768 wide with block_size 1024, else by default: F = 2306, 4.8 GB per round and
+    43 GB in all."""
     batch_size: int = 128
     """Natural plus generated texts per reward step."""
     min_steps: int = 10
@@ -300,13 +306,16 @@ class EvaluationSection:
     samples: int = 512
     """Texts per evaluated setting, and natural ones beside them."""
     judge_steps: int = 500
-    """Optimizer steps of the independent causal judge."""
+    """Optimizer steps of the independent causal judge, whose recipe is otherwise fixed (`actors/judge.py`): runs on the
+    same data are judged by the same model."""
     judge_layers: int = 3
     """Blocks of the judge."""
     judge_width: int = 96
     """Width of the judge."""
     judge_heads: int = 4
     """Attention heads of the judge."""
+    judge_learning_rate: float = 3e-3
+    """Peak learning rate of the judge; a wide one wants a smaller one."""
     temperature: tuple[float, ...] = ()
     """Temperatures that `pipelines/evaluate.py` crosses with the lists below; empty: that of `denoise`, as there."""
     top_p: tuple[float, ...] = ()
@@ -328,6 +337,7 @@ class EvaluationSection:
             f"a positive multiple of twice evaluation.judge_heads ({self.judge_heads})",
             self.judge_width,
         )
+        check(self.judge_learning_rate > 0, "evaluation.judge_learning_rate", "positive", self.judge_learning_rate)
         for value in self.temperature:
             check(value > 0, "evaluation.temperature", "positive numbers", value)
         for value in self.top_p:

@@ -25,8 +25,8 @@ DEFAULT_SPACE: dict[str, Any] = {
 class SweepSection:
     space: dict[str, Any] = field(default_factory=dict)
     """Swept keys, each with its range: `{uniform: [low, high]}`, `{loguniform: [low, high]}`, `{choice: [a, b]}`, or
-    `{grid: [a, b]}`, whose values are all tried, crossed with other grids. An override adds keys to those of the file.
-    Empty: `DEFAULT_SPACE`."""
+    `{grid: [a, b]}`, whose values are all tried, crossed with other grids. An override replaces those of the file;
+    `sweep.space.KEY={...}` adds one. Empty: `DEFAULT_SPACE`."""
     search: str = "random"
     """`random`, or `tpe` (Optuna's tree-structured Parzen estimator)."""
     trials: int = 16

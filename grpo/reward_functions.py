@@ -65,6 +65,11 @@ def score_texts(functions: dict[str, RewardFunction], texts: Sequence[str]) -> d
     return {name: _score(name, function, texts) for name, function in functions.items()}
 
 
+def reward_figure(name: str) -> str:
+    """Under which name the mean of a reward is logged."""
+    return f"rewards/{name.replace(':', '.')}"
+
+
 def _score(name: str, function: RewardFunction, texts: Sequence[str]) -> Tensor:
     try:
         values = function(list(texts))

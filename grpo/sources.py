@@ -8,14 +8,20 @@ A source is planned as parts, each readable by itself, so that workers share out
 2. Text and JSONL are cut into ranges of `PART_BYTES`; a range owns the documents that begin after the first delimiter
    in it (as in MapReduce), so no document is lost or read twice. Parquet is cut by row groups, the others not at all.
 3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_".
+4. A folder or glob holds text or tables, not both: a README beside a data set is no part of it.
+5. Digests are remembered by path, size and time of change, so that an unchanged source is not read at every start. A
+   file that changed moments ago, or has no such time (some object stores), is read: the clock may hide another change.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,6 +40,8 @@ _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"
           ".pq": "parquet", ".arrow": "arrow", ".ipc": "arrow", ".feather": "arrow"}
 _COMPRESSED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
 """Suffixes that are refused, each with the program that takes it off."""
+_SETTLED_NS = 2_000_000_000
+"""Age from which a file's time of change tells one content from the next, on any filesystem."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def list_files(source: str) -> Files:
     """The files that a file, glob, folder or URI names, sorted by path.
 
     Raises:
-        ValueError: there is none, or one is compressed.
+        ValueError: there is none, one is compressed, or some are text and others tables.
     """
     literal = "://" not in source and _expanded(source).exists()
     wildcard = None if literal else re.search(r"[*?\[]", source)
@@ -108,7 +116,9 @@ def list_files(source: str) -> Files:
             chosen.append((info, filesystem))
     if not chosen or not source:
         raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
-    return _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))
+    files = _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))
+    _check_one_sort(source, base, [info for info, _ in files])
+    return files
 
 
 def _uncompressed(files: Files) -> Files:
@@ -120,6 +130,17 @@ def _uncompressed(files: Files) -> Files:
     return files
 
 
+def _check_one_sort(source: str, base: str, infos: list[pa.fs.FileInfo]) -> None:
+    """Raise a ValueError where text stands beside tables; its remedy is a glob of the larger sort."""
+    sorts = [[info for info in infos if (_kind(info.path) == "text") == text] for text in (True, False)]
+    if all(sorts):
+        texts, tables = (max(sort, key=lambda info: info.size) for sort in sorts)
+        larger = PurePosixPath(max(texts, tables, key=lambda info: info.size).path)
+        glob = f"{base.rstrip('/')}/" if base else ""
+        raise ValueError(f"data.source: {source} holds text ({texts.path}) and tables ({tables.path}): choose "
+                         f"one sort, for example by {glob}**/*{larger.suffix or larger.name}")
+
+
 def _expanded(path: str) -> Path:
     try:
         return Path(path).expanduser()
@@ -127,21 +148,51 @@ def _expanded(path: str) -> Path:
         raise ValueError(f"data.source: {path} begins with the name of no user here: give the whole path") from error
 
 
-def source_digests(source: str) -> list[dict[str, str]]:
-    """Name and sha256 of every file of a source, read block by block."""
+def source_digests(source: str, memory: Path | None = None) -> list[dict[str, str]]:
+    """Name and sha256 of every file of a source, read block by block.
+
+    Args:
+        memory: folder where digests are kept; a file that it knows by path, size and time of change is not read.
+    """
     if source == EMBEDDED:
         digest = hashlib.sha256()
         for document in _embedded_documents():
             digest.update(document.encode() + b"\0")
         return [{"name": EMBEDDED, "sha256": digest.hexdigest()}]
-    digests = []
+    whole = source if "://" in source else str(_expanded(source).absolute())
+    file = memory and memory / f"source-{hashlib.sha256(whole.encode()).hexdigest()[:12]}.json"
+    settled = time.time_ns() - _SETTLED_NS
+    known, kept, digests = _remembered(file), {}, []
     for info, filesystem in list_files(source):
-        digest = hashlib.sha256()
-        with _open(Part(info.path, filesystem)) as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
-        digests.append({"name": info.path, "sha256": digest.hexdigest()})
+        change = [info.size, info.mtime_ns]
+        before = known.get(info.path)
+        digest = before[2] if before and before[:2] == change else _digest(info.path, filesystem)
+        if info.mtime_ns is not None and info.mtime_ns < settled:
+            kept[info.path] = [*change, digest]
+        digests.append({"name": info.path, "sha256": digest})
+    if file and kept != known:
+        with contextlib.suppress(OSError):  # then it is read again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(kept), encoding="utf-8")
+            partial.replace(file)
     return digests
+
+
+def _remembered(file: Path | None) -> dict[str, list]:
+    """[size, time of change, sha256] of the files of a source, by path."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _digest(path: str, filesystem: pa.fs.FileSystem) -> str:
+    digest = hashlib.sha256()
+    with _open(Part(path, filesystem)) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_part(part: Part, text_column: str, separator: str) -> Iterator[str]:

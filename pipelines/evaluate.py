@@ -11,7 +11,9 @@
    and held-out n-grams come from there too; the discriminator has only ever seen `train`.
 2. Natural text is measured like generated text, against other natural text, which shows what a perfect model would get.
 3. Each measurement is a Ray task: they run side by side, and load a checkpoint as any user would.
-4. The lists of the section `evaluation` are crossed; each model is measured at every combination.
+4. The user's own rewards (`grpo.rewards`) are measured beside the other figures; they are the one thing here that may
+   have been a reward.
+5. The lists of the section `evaluation` are crossed; each model is measured at every combination.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from grpo.data import Batch, open_dataset, window_places, windows
 from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.remasking import FRESH_ONLY, resolve_policy
+from grpo.reward_functions import resolve_rewards, reward_figure, score_texts
 from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from pipelines.figures import frontier_figure, nfe_figure
@@ -76,9 +79,9 @@ def check_enough(config: Config, dataset: Path) -> None:
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
-    """Train the judge, once per data and shape, beside the data; returns its checkpoint. Runs as a Ray task."""
+    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task."""
     wanted = judge_config(config)
-    decides = config_hash(dataset.name, wanted.model, wanted.pretrain, config.run.seed)
+    decides = config_hash(dataset.name, wanted.model, wanted.pretrain, wanted.run.seed)
     folder = dataset.parent / f"judge-{decides}"
     try:
         verify_checkpoint(folder)
@@ -121,6 +124,7 @@ class Setting:
             Batch(other.tokens[rows], other.attention_mask[rows]) for rows in (slice(num), slice(num, None))
         )
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
+        self.rewards = resolve_rewards(config.grpo.rewards)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.judge = load_model(judge, device=self.device).eval()
         if checkpoint is not None:
@@ -153,7 +157,7 @@ class Setting:
     def report(self, texts: Tensor, beside: Batch, places: Tensor) -> dict[str, Any]:
         """Figures of `texts`, told apart from `beside`; places of texts in the corpus as `c2st` wants them."""
         mask = self.natural.attention_mask
-        return quality_report(
+        report = quality_report(
             beside.tokens,
             texts,
             start=self.start,
@@ -164,6 +168,14 @@ class Setting:
             places=places,
             judge=lambda tokens: judge_nll(self.judge, tokens, self.start, mask),
         )
+        return report | self.mean_rewards(texts)
+
+    def mean_rewards(self, texts: Tensor) -> dict[str, float]:
+        """Means of the user's own rewards over the completions in [B, T], read without prompts and pads."""
+        rows = zip(texts[:, self.start :].cpu().numpy(), self.mask.numpy(), strict=True)
+        completions = [self.data.tokenizer.decode(tokens[mask]) for tokens, mask in rows]
+        scores = score_texts(self.rewards, completions)
+        return {reward_figure(name): float(own.mean()) for name, own in scores.items()}
 
 
 def measure_natural(config: Config, dataset: Path, judge: Path, *, neighbors: int = 1) -> dict[str, Any]:
@@ -267,13 +279,21 @@ def forwards(settings: DenoiseSection, policy: str) -> int:
     return settings.steps if policy in FRESH_ONLY else 2 * settings.steps - 1
 
 
+def reward_columns(row: dict[str, Any]) -> dict[str, str]:
+    """A heading for each of a row's rewards: the function's name, or all of it where two functions share one."""
+    names = {key: key.rpartition(".")[2] for key in row if key.startswith("rewards/")}
+    return {key: name if list(names.values()).count(name) == 1 else key for key, name in names.items()}
+
+
 def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Print rows of measurements."""
-    columns = ["temperature", *SHOWN, "self_bleu", "tokens_per_s"]
+    rewards = reward_columns(next(iter(rows.values())))
+    columns = ["temperature", *SHOWN, "self_bleu", *rewards, "tokens_per_s"]
+    named = ["judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS", "self-BLEU", *rewards.values(), "tokens/s"]
     summary_table(
         title,
         [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
-        ["text", "temperature", "judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS", "self-BLEU", "tokens/s"],
+        ["text", "temperature", *named],
     )
 
 
@@ -317,6 +337,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if args.base:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
     folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
+    resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
     folder.mkdir(parents=True, exist_ok=True)
     tracking = Tracker(config.tracking, folder, folder.name, config=to_dict(config), resumes=False)
     with Display() as display, tracking as tracker:
@@ -331,14 +352,19 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
         bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
-        summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "nelbo_bpb": bounds,
+        summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "judge": judge.name,
+                   "nelbo_bpb": bounds,
                    "natural": natural, "rows": rows}
         write_json(folder / "summary.json", summary)
         tracker.figure("frontier", frontier_figure(rows, natural))
         tracker.figure("nfe", nfe_figure(rows, natural))
         tracker.artifact(folder / "summary.json")
+        figures = (*SHOWN, "self_bleu", *reward_columns(natural), "tokens_per_s")
         for step, row in enumerate(rows):
-            tracker.log({f"{row['model']}/{key}": row[key] for key in (*SHOWN, "self_bleu", "tokens_per_s")}, step)
+            tracker.log({f"{row['model']}/{key}": row[key] for key in figures}, step)
+        columns = ["model", *SWEPT, "nfe", *figures]
+        tracker.table("settings", [[step, *(row[key] for key in columns)] for step, row in enumerate(rows)],
+                      ["step", *columns])
     title = "  ".join([str(checkpoints["model"]), *(f"{key} {bits:.3f} bits/byte" for key, bits in bounds.items())])
     quality_table(title, {"natural": natural} | {_label(row): row for row in rows})
     print(f"figure   {folder / 'figures' / 'frontier.png'}\nsummary  {folder / 'summary.json'}")

@@ -47,7 +47,15 @@ from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
-from pipelines.evaluate import check_enough, check_splits, fit_judge, measure, measure_natural, quality_table
+from pipelines.evaluate import (
+    check_enough,
+    check_splits,
+    fit_judge,
+    measure,
+    measure_natural,
+    quality_table,
+    reward_columns,
+)
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.placement import check_fits, node_resources, placed, task_options, where
@@ -92,6 +100,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 "wall_s": time.monotonic() - started,
                 "rounds": config.grpo.rounds,
                 "seed": config.run.seed,
+                "checkpoints": {"base": str(paths.base)},
+                "judge": paths.judge.name,
                 **{
                     row: {key: value for key, value in figures.items() if key not in ("samples", "denoising")}
                     for row, figures in rows.items()
@@ -344,6 +354,9 @@ def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary
         f"{summary['wall_s']:.0f} s",
         rows,
     )
+    for key, name in reward_columns(rows["final"]).items():
+        print(f"{name} of the final model: {rows['final'][key]:.4g}; of its base {rows['base'][key]:.4g}, at the same "
+              f"token entropy {rows['base_matched'][key]:.4g}; of natural text {rows['natural'][key]:.4g}")
     gain = rows["base_matched"]["judge_nll"] - rows["final"]["judge_nll"]
     print(
         f"judge NLL of the final model against its base at the same token entropy: {abs(gain):.3f} nats per token "

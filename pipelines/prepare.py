@@ -4,7 +4,8 @@
    counts travel to the driver, so the corpus may be larger than any memory. Pieces depend on the source alone, so the
    dataset is the same on any cluster.
 2. The folder's name is the hash of the data section and of the sources' content: an unchanged source is not tokenized
-   again, an edited one gets a new folder. A reused folder is verified against its checksums.
+   again, an edited one gets a new folder. Digests are remembered in `run.cache` (`grpo/sources.py`). A reused folder is
+   verified against its checksums, once per process.
 3. BPE is trained in the driver, on at most 16 MiB drawn from up to 16 places of the corpus (all splits).
 4. On a cluster of several machines, sources and `run.cache` must lie on storage that all of them see.
 """
@@ -41,6 +42,8 @@ from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer
 from pipelines.launch import launch, run_folder, start_ray
 
 SAMPLE_PLACES = 16
+_whole: set[Path] = set()
+"""Datasets that this process has made or verified."""
 
 
 def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
@@ -55,10 +58,12 @@ def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
         ValueError: the source is missing, damaged, empty, too short or without the text column; or the cached
             dataset is damaged.
     """
-    sources = source_digests(data.source)
-    folder = Path(cache).expanduser().absolute() / f"data-{_key(data, sources)}"
+    kept = Path(cache).expanduser().absolute()
+    sources = source_digests(data.source, kept)
+    folder = kept / f"data-{_key(data, sources)}"
     if folder.exists():
-        open_dataset(folder, verify=True)
+        open_dataset(folder, verify=folder not in _whole)
+        _whole.add(folder)
         return folder
     parts = plan_parts(data.source, data.separator)
     tokenizer = build_tokenizer(data.tokenizer, _sample(parts, data))
@@ -69,6 +74,7 @@ def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
             raise ValueError(f"run.cache: {partial / lost} was written on another node and is not visible here: set "
                              "run.cache to storage that all nodes share")
         finish_dataset(partial, data, tokenizer, shards, sources)
+    _whole.add(folder)
     return folder
 
 

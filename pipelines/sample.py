@@ -45,7 +45,7 @@ from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.tokenizer import Tokenizer
-from pipelines.launch import checkpoint_config, launch, run_folder
+from pipelines.launch import check_file, checkpoint_config, launch, run_folder
 from pipelines.live_view import Recorder, counts, legend, render, write_page
 
 SAMPLE_STREAM = 41
@@ -128,7 +128,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--checkpoint {args.checkpoint} is a {model.mode}, which writes no text; give a generator's")
     if args.html and model.trunk.causal:
         raise ValueError("--html shows denoising steps, which a causal checkpoint does not have")
-    run = run_folder(config.run, f"sample-{config_hash(config, str(folder), args.prompt)}")
+    if args.html:
+        check_file(Path(args.html), "--html")
+    run = run_folder(config.run, f"sample-{config_hash(config, str(folder), args.prompt)}", caches=False)
     console = Console()
     prompt = prompt_tokens(args.prompt, tokenizer, args.length or config.data.block_size).to(device)
     start = time.perf_counter()

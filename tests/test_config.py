@@ -22,9 +22,31 @@ def test_overrides_win_over_the_file(tmp_path):
     assert tuple(config.reward.layers) == (1, -1)
 
 
+@pytest.mark.parametrize("overrides, rewards", [
+    ([], {"one.module:f": 1.0}),
+    (['grpo.rewards={"mine:f": 0.5}'], {"mine:f": 0.5}),
+    (["grpo.rewards.a.mine:f=0.5"], {"one.module:f": 1.0, "a.mine:f": 0.5}),
+    (["grpo.rewards[a.mine:f]=0.5"], {"one.module:f": 1.0, "a.mine:f": 0.5}),
+    (["grpo.rewards.one.module:f=2", "grpo.rewards.b:g=0"], {"one.module:f": 2.0, "b:g": 0.0}),
+    (["grpo.rewards={}", "grpo.rewards.b:g=3"], {"b:g": 3.0}),
+])
+def test_what_is_given_for_a_mapping_replaces_it_and_a_key_below_adds_to_it(tmp_path, overrides, rewards):
+    file = tmp_path / "a.yaml"
+    file.write_text("grpo:\n  rewards:\n    one.module:f: 1.0\nsweep:\n  space:\n    grpo.kl: {grid: [0.1, 0.2]}\n")
+    before = load_config(None, ["grpo.rewards={x:f: 1}", "sweep.space={grpo.ema: {grid: [0.5]}}"])
+    for start in (None, before):
+        config = load_config(file, overrides, start)
+        assert config.grpo.rewards == rewards and config.sweep.space == {"grpo.kl": {"grid": [0.1, 0.2]}}
+    more = load_config(file, ["sweep.space.critic.alpha={uniform: [0, 1]}"]).sweep.space
+    assert more == {"grpo.kl": {"grid": [0.1, 0.2]}, "critic.alpha": {"uniform": [0, 1]}}
+    assert before.grpo.rewards == {"x:f": 1.0}
+
+
 @pytest.mark.parametrize(
     "override, words",
     [
+        ("grpo.rewards.mine:f=much", ["grpo.rewards", "much"]),
+        ("grpo.rewards=3", ["command line: grpo.rewards"]),
         ("grpo.grop_size=4", ["unknown key grpo.grop_size", "grpo.group_size"]),
         ("grppo.group_size=4", ["unknown key grppo", "grpo"]),
         ("grpo.group_size=many", ["grpo.group_size", "many"]),
@@ -46,6 +68,7 @@ def test_overrides_win_over_the_file(tmp_path):
         ("reward.layers=[9]", ["reward.layers must be -1 or from 1 to model.n_layer (", "[9]"]),
         ("evaluation.samples=1", ["evaluation.samples must be at least 4"]),
         ("evaluation.judge_width=100", ["evaluation.judge_width must be a positive multiple of twice", "(4)"]),
+        ("evaluation.judge_learning_rate=0", ["evaluation.judge_learning_rate must be positive"]),
         ("evaluation.steps=[a]", ["command line: evaluation.steps: an element could not be converted to Integer"]),
         ("evaluation.sampler=[maybe]", ["command line: evaluation.sampler: an element is not a valid bool"]),
         ("evaluation.steps={a: 1}", ["command line: evaluation.steps: Cannot merge"]),

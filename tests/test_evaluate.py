@@ -12,13 +12,28 @@ from benchmarks.adversarial import train_base
 from grpo.checkpoint import save_checkpoint
 from grpo.config import Config, DataSection
 from grpo.config_file import load_config, to_dict
-from grpo.data import make_dataset
+from grpo.data import make_dataset, windows
 from grpo.denoise import denoise
+from grpo.example_rewards import balanced_brackets, vowel_share
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.remasking import POLICIES
 from grpo.tokenizer import build_tokenizer
-from pipelines.evaluate import SHOWN, Setting, check_splits, fit_judge, forwards, grid, main, measure
+from pipelines.evaluate import (
+    SHOWN,
+    SWEPT,
+    VALIDATION_WINDOWS_SEED,
+    Setting,
+    check_splits,
+    fit_judge,
+    forwards,
+    grid,
+    main,
+    measure,
+    measure_natural,
+    quality_table,
+    reward_columns,
+)
 from pipelines.live_view import token_pieces
 from pipelines.tracking import Tracker
 
@@ -110,6 +125,15 @@ def test_the_watched_texts_are_the_first_of_those_measured(tmp_path, kind):
             assert found["p_wrong"] is None
 
 
+def test_a_judge_is_found_again_by_runs_of_other_settings(tmp_path):
+    config = settings()
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data").folder
+    others = (["pretrain.learning_rate=1e-4", "pretrain.batch_size=4", "pretrain.log_every=3", "run.seed=2"],
+              ["pretrain.warmup=7", "model.position=learned", "model.bias=true"])
+    assert {fit_judge(settings(*other), dataset) for other in others} == {fit_judge(config, dataset)}
+    assert fit_judge(settings("evaluation.judge_steps=3"), dataset) != fit_judge(config, dataset)
+
+
 def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path):
     config = settings("run.threads=0")
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
@@ -122,6 +146,29 @@ def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("layout", ["blocks", "documents"])
+def test_the_users_rewards_are_those_of_completions_without_prompts_and_pads(tmp_path, layout):
+    names = ["grpo.example_rewards:vowel_share", "grpo.example_rewards:balanced_brackets"]
+    config = settings(f'grpo.rewards={{"{names[0]}": 1.0, "{names[1]}": 0.0}}', f"data.layout={layout}")
+    documents = [f"{n} bottles (and {n * n} more" + ")" * (n % 2) for n in range(600)]
+    dataset = make_dataset(documents, config.data, tmp_path / "data")
+    row = measure_natural(config, dataset.folder, fit_judge(config, dataset.folder))
+    natural = windows(dataset, "validation", 24, 32, VALIDATION_WINDOWS_SEED)
+    rows = zip(natural.tokens[:, 8:].tolist(), natural.attention_mask[:, 8:].tolist(), strict=True)
+    texts = [bytes(t for t, real in zip(tokens, mask, strict=True) if real).decode() for tokens, mask in rows]
+    for name, reward in zip(names, (vowel_share, balanced_brackets), strict=True):
+        assert row[f"rewards/{name.replace(':', '.')}"] == pytest.approx(sum(reward(texts)) / 24, rel=1e-6)
+
+
+def test_the_table_has_a_column_for_each_of_the_users_rewards(capsys):
+    figures = dict.fromkeys((*SHOWN, "self_bleu"), 0.5)
+    quality_table("here", {"final": figures | {"rewards/a.score": 0.123, "rewards/b.other": 0.789}})
+    heads = capsys.readouterr().out
+    assert " score" in heads and " other" in heads and "0.123" in heads and "0.789" in heads
+    assert reward_columns({"rewards/a.f": 1, "rewards/b.f": 2, "rewards/b.g": 3}) == {
+        "rewards/a.f": "rewards/a.f", "rewards/b.f": "rewards/b.f", "rewards/b.g": "g"}
 
 
 def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
@@ -141,7 +188,8 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
 @pytest.mark.ray
 def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_session, tmp_path):
     config = settings(f"run.cache={tmp_path / 'cache'}", f"run.output={tmp_path / 'runs'}",
-                      "run.name=here", "evaluation.temperature=[0.02,1.0]", "evaluation.steps=[1,2]")
+                      "run.name=here", "evaluation.temperature=[0.02,1.0]", "evaluation.steps=[1,2]",
+                      "grpo.rewards.grpo.example_rewards:vowel_share=1.0")
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"{n} green bottles hanging on the wall, {n * n} in all." for n in range(400)))
     config = replace(config, data=replace(config.data, source=str(text)))
@@ -161,8 +209,15 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
     assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))
     assert set(summary["nelbo_bpb"]) == {"model", "base"}
-    for key in (*SHOWN, "self_bleu", "c2st_ci95"):
+    assert (tmp_path / "cache" / summary["judge"] / "manifest.json").exists()
+    vowels = "rewards/grpo.example_rewards.vowel_share"
+    for key in (*SHOWN, "self_bleu", "c2st_ci95", vowels):
         assert rows["model", 0.02, 2][key] == rows["base", 0.02, 2][key] and key in summary["natural"]
+    table = json.loads((tmp_path / "runs" / "here" / "tables" / "settings.json").read_text())
+    for step, row in enumerate(table["data"]):
+        told = dict(zip(table["columns"], row, strict=True))
+        assert told["step"] == step and told.items() <= (summary["rows"][step] | {"step": step}).items()
+        assert {"model", *SWEPT, "nfe", *SHOWN, vowels} <= told.keys()
     assert rows["model", 0.02, 2]["entropy"] < rows["model", 1.0, 2]["entropy"]
     assert load_config(tmp_path / "runs" / "here" / "config.yaml") == config
     assert (tmp_path / "runs" / "here" / "figures" / "frontier.png").stat().st_size > 10_000

@@ -25,12 +25,13 @@ from grpo.config import (
     SamplerSection,
 )
 from grpo.config_file import from_dict, load_config, save_config
-from pipelines.grpo import main
+from pipelines.grpo import _show, main
 from pipelines.rounds import newest_round
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("natural", "base", "base_matched", "final")
 FIGURES = {"judge_nll", "entropy", "distinct_4", "c2st", "ngram_js"}
+VOWELS = "rewards/grpo.example_rewards.vowel_share"
 ROUNDS, WARMUP = 10, 2
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
 
@@ -55,6 +56,7 @@ def config(tmp_path_factory, ray_session):
             checkpoint_every=1,
             rollout_actors=1,
             learning_rate=3e-3,
+            rewards={"grpo.example_rewards:vowel_share": 0.0},
         ),
         reward=RewardSection(
             hidden=16, batch_size=16, warmup_rounds=WARMUP, warmup_steps=2, min_steps=1, max_steps=2, replay_rounds=2
@@ -90,8 +92,12 @@ def test_a_run_goes_from_text_to_figures(config, steady):
         assert {"wall_s", "rounds", "nelbo_bpb", "mlflow_run_id", *ROWS} <= found.keys() and found["rounds"] == ROUNDS
         for row in ROWS:
             assert FIGURES <= found[row].keys() and all(found[row][name] is not None for name in FIGURES)
+            assert 0 <= found[row][VOWELS] < 1
     assert written["final"]["nelbo_bpb"] == written["nelbo_bpb"] > 0
+    assert (output / "cache" / written["judge"] / "manifest.json").exists()
+    assert Path(written["checkpoints"]["base"]) == next((output / "cache").glob("base-*")) / "best"
     assert written["base"]["temperature"] == 1.0 and written["natural"]["judge_nll"] < written["base"]["judge_nll"]
+    assert logged(output, written["mlflow_run_id"], f"final/{VOWELS}") == [ROUNDS + WARMUP]
     for name, count in (("reward_accuracy", ROUNDS + WARMUP), ("kl", ROUNDS)):
         steps = logged(output, written["mlflow_run_id"], name)
         assert steps == list(range(ROUNDS + WARMUP - count + 1, ROUNDS + WARMUP + 1))
@@ -165,6 +171,16 @@ def test_a_result_is_the_base_of_more_rounds_with_its_own_residual_only(config, 
         with pytest.raises(ValueError, match=f"^grpo.residual must be 8, as in grpo.base {base}.*, got {residual}$"):
             main(replace(config, run=run, grpo=replace(grpo, residual=residual)), None)
     assert main(replace(config, run=run, grpo=grpo), None)["rounds"] == 1
+
+
+def test_the_closing_lines_speak_of_the_users_reward_before_the_likelihood(config, capsys):
+    figures = {"judge_nll": 4.0, "samples": [["a", "b"]], "rewards/mine.score": 0.25}
+    rows = {row: dict(figures) for row in ROWS}
+    rows["final"]["rewards/mine.score"] = 0.75
+    _show(config, Path("runs/here"), rows, {"wall_s": 1.0})
+    told = capsys.readouterr().out
+    line = "score of the final model: 0.75; of its base 0.25, at the same token entropy 0.25; of natural text 0.25"
+    assert 0 < told.index(line) < told.index("judge NLL of the final model")
 
 
 @pytest.mark.parametrize("rewards, message", [

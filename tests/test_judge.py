@@ -51,6 +51,21 @@ def test_a_judge_fits_beside_any_generator():
     assert judge_config(of_generator).model.n_head == CONFIG.evaluation.judge_heads
 
 
+@pytest.mark.parametrize("section, settings", [
+    ("pretrain", {"learning_rate": 1e-3, "batch_size": 8, "warmup": 3, "dtype": "bfloat16", "log_every": 7}),
+    ("model", {"position": "learned", "bias": True, "dropout": 0.1}),
+    ("loss", {"objective": "mdlm"}),
+    ("run", {"seed": 5}),
+])
+def test_the_judge_is_the_same_whatever_trains_the_generator(dataset, section, settings):
+    other = replace(CONFIG, **{section: replace(getattr(CONFIG, section), **settings)})
+    judges = [Judge(config, dataset, threads=1) for config in (CONFIG, other)]
+    for judge in judges:
+        judge.config = replace(judge.config, pretrain=replace(judge.config.pretrain, steps=2))
+    first, second = (judge.train().state_dict() for judge in judges)
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
 def test_the_judge_reads_its_own_split_alone_and_learns(dataset, monkeypatch):
     splits = []
 
@@ -59,9 +74,9 @@ def test_the_judge_reads_its_own_split_alone_and_learns(dataset, monkeypatch):
         return Cursor(dataset, split, *rest)
 
     monkeypatch.setattr("actors.judge.Cursor", cursor)
-    judge = Judge(CONFIG, dataset, threads=1)
+    judge = Judge(replace(CONFIG, evaluation=replace(CONFIG.evaluation, judge_steps=250)), dataset, threads=1)
     validation = windows(dataset, "validation", 16, 16, 0).tokens
     before, steps = float(judge_nll(judge.model, validation, 4, None)), []
     model = judge.train(steps.append)
-    assert steps == list(range(60)) and splits == ["judge"]
+    assert steps == list(range(250)) and splits == ["judge"]
     assert before > 4.5 and float(judge_nll(model, validation, 4, None)) < 1.5 and not model.training

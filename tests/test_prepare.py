@@ -32,11 +32,11 @@ def test_ray_data_writes_what_one_process_writes(ray_session, tmp_path, layout):
     alone = make_dataset(read_documents(section.source), section, tmp_path / "alone")
     assert prepared.meta["shards"] == alone.meta["shards"] and prepared.meta["splits"] == alone.meta["splits"]
     assert prepared.tokenizer.fingerprint == alone.tokenizer.fingerprint
-    assert len(prepared.meta["sources"]) == 5 and os.listdir(tmp_path / "cache") == [prepared.folder.name]
+    assert len(prepared.meta["sources"]) == 5 and list((tmp_path / "cache").glob("data-*")) == [prepared.folder]
 
 
 @pytest.mark.ray
-def test_an_unchanged_source_is_prepared_once_and_a_changed_one_again(ray_session, tmp_path):
+def test_an_unchanged_source_is_prepared_once_and_a_changed_one_again(ray_session, tmp_path, monkeypatch):
     section, cache = write_corpus(tmp_path / "corpus"), str(tmp_path / "cache")
     first = prepare(section, cache, quiet=True)
     written = (first / "meta.json").stat().st_mtime_ns
@@ -48,8 +48,25 @@ def test_an_unchanged_source_is_prepared_once_and_a_changed_one_again(ray_sessio
     shard = next(first.glob("train*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     write_corpus(tmp_path / "corpus")
+    monkeypatch.setattr("pipelines.prepare._whole", set())  # as another process begins
     with pytest.raises(ValueError, match=f"{shard} is damaged.*delete {first} and prepare"):
         prepare(section, cache, quiet=True)
+
+
+@pytest.mark.ray
+def test_a_second_start_reads_neither_an_unchanged_source_nor_shards_that_it_has_verified(
+    ray_session, tmp_path, monkeypatch
+):
+    section, cache = write_corpus(tmp_path / "corpus"), str(tmp_path / "cache")
+    for path in (tmp_path / "corpus").iterdir():
+        os.utime(path, (1e9, 1e9))
+    folder, verified = prepare(section, cache, quiet=True), []
+    assert (tmp_path / "cache") in {path.parent for path in (tmp_path / "cache").glob("source-*.json")}
+    monkeypatch.setattr("grpo.sources._digest", None)  # a call would raise
+    monkeypatch.setattr("pipelines.prepare.open_dataset", lambda folder, verify: verified.append(verify))
+    monkeypatch.setattr("pipelines.prepare._whole", set())  # as another process begins
+    assert [prepare(section, cache, quiet=True) for _ in range(3)] == [folder] * 3
+    assert verified == [True, False, False]
 
 
 @pytest.mark.ray
@@ -75,7 +92,7 @@ def test_a_mistake_met_in_a_worker_is_one_line(ray_session, tmp_path):
     for options, message in (({}, "3.jsonl is not UTF-8 text .byte 10"), ({"text_column": "body"}, "no column 'body'")):
         with pytest.raises(ValueError, match=message) as error:
             prepare(dataclasses.replace(section, **options), str(tmp_path / "cache"), quiet=True)
-        assert "\n" not in str(error.value) and not os.listdir(tmp_path / "cache")
+        assert "\n" not in str(error.value) and not list((tmp_path / "cache").glob("*data-*"))
 
 
 @pytest.mark.parametrize("override,message", [

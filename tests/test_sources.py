@@ -1,9 +1,13 @@
 import json
+import os
+import time
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet
 import pytest
 
+from grpo import sources
 from grpo.sources import plan_parts, read_documents, source_digests
 
 DOCUMENTS = ["first \u00e9t\u00e9", "second,\nwith \"quotes\"", "third\tand \U0001f600", "fourth", "fifth " * 20]
@@ -93,6 +97,71 @@ def test_digests_change_with_content_only(tmp_path):
     assert source_digests(str(path)) == first
     path.write_text("other")
     assert source_digests(str(path)) != first
+
+
+def test_text_beside_tables_is_refused_with_a_glob_that_takes_the_larger(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("about the data")
+    write(tmp_path / "data" / "train.parquet")
+    for source, glob in ((f"{tmp_path}", f"{tmp_path}/**/*.parquet"), (f"{tmp_path}/**", f"{tmp_path}/**/*.parquet"),
+                         (tmp_path.as_uri(), f"{tmp_path.as_uri()}/**/*.parquet")):
+        told = one_line_error(source, r"holds text \(.*README.md\) and tables \(.*train.parquet\): choose one sort")
+        assert told.endswith(f"for example by {glob}")
+        assert list(read_documents(glob)) == DOCUMENTS
+    monkeypatch.chdir(tmp_path)
+    assert one_line_error("**/*", "holds text").endswith("by **/*.parquet")
+    (tmp_path / "README.md").write_text("about the data " * 1000)
+    monkeypatch.chdir(tmp_path / "data")
+    assert one_line_error("../**", "holds text").endswith("by ../**/*.md")
+    monkeypatch.chdir(tmp_path)
+    assert list(read_documents("**/*.parquet")) == list(read_documents("data")) == DOCUMENTS
+
+
+def aged(path, seconds):
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Files that were opened, by name."""
+    opened, plain = [], sources._open
+    monkeypatch.setattr(sources, "_open", lambda part: opened.append(os.path.basename(part.path)) or plain(part))
+    return opened
+
+
+def test_an_unchanged_source_is_not_read_twice_and_a_changed_one_is(tmp_path, reads):
+    folder, memory = tmp_path / "corpus", tmp_path / "memory"
+    folder.mkdir()
+    for number, name in enumerate(("a.txt", "b.txt")):
+        (folder / name).write_text(f"{number} words")
+        aged(folder / name, 100)
+    first = source_digests(str(folder), memory)
+    assert first == source_digests(str(folder)) and reads == ["a.txt", "b.txt"] * 2
+    reads.clear()
+    assert source_digests(str(folder), memory) == source_digests(f"{folder}/", memory) == first and not reads
+    (folder / "b.txt").write_text("2 words")  # of the same size
+    aged(folder / "b.txt", 50)
+    assert source_digests(str(folder), memory) == source_digests(str(folder)) != first
+    assert reads == ["b.txt", "a.txt", "b.txt"]  # the second call has no memory
+    (next(memory.glob("source-*.json"))).write_text("not JSON")
+    reads.clear()
+    assert source_digests(str(folder), memory) == source_digests(str(folder), memory) and reads == ["a.txt", "b.txt"]
+
+
+def test_a_file_that_changed_moments_ago_is_read_again(tmp_path, reads):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    assert source_digests(str(path), tmp_path) == source_digests(str(path), tmp_path) and reads == ["a.txt"] * 2
+
+
+def test_a_filesystem_without_times_of_change_is_read(tmp_path, reads, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    without = pa.fs.FileInfo(str(path), pa.fs.FileType.File, size=3)
+    assert without.mtime_ns is None
+    monkeypatch.setattr(sources, "list_files", lambda source: [(without, pa.fs.LocalFileSystem())])
+    assert source_digests(str(path), tmp_path) == source_digests(str(path), tmp_path) and reads == ["a.txt"] * 2
 
 
 @pytest.mark.parametrize("source", ["missing.txt", "none*.txt", "missing/", "", "s3x://bucket/file"])

@@ -138,6 +138,28 @@ def test_a_folder_that_takes_no_file_is_said_before_anything_starts(name, checkp
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
+@pytest.mark.parametrize("name", sorted(set(PIPELINES) - {"sample"}))
+def test_a_cache_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    options = ["--checkpoint", str(checkpoint)] if name in LOOKING else []
+    done = start([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *options, "run.cache=file/deeper"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: run.cache: cannot write to {tmp_path / 'file' / 'deeper'} (Not a directory)")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("page, told", [
+    ("file/page.html", "cannot write to {folder}/file (Not a directory): choose another folder"),
+    (".", ". is a folder: name a file in it"),
+])
+def test_a_page_that_cannot_be_written_is_said_before_anything_is(page, told, checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, str(ROOT / "pipelines" / "sample.py"), "--checkpoint", str(checkpoint), "--html", page]
+    done = start([*command, "run.cache=file/unused"], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --html: {told.format(folder=tmp_path)}\n" and os.listdir(tmp_path) == ["file"]
+
+
 def test_workers_get_absolute_paths_of_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = ["pretrain.mode=token_classifier", "pretrain.teacher=runs/one", "grpo.base=~/two"]
