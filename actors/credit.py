@@ -21,6 +21,7 @@ from actors.reward import Scores
 from grpo.config import GrpoSection
 from grpo.metrics import weighted_sum
 from grpo.policy_loss import equal_groups, group_advantages, temperature_direction
+from grpo.reward_functions import reward_figure
 from grpo.reward_loss import dense_rewards, log_odds
 from grpo.trajectory import Rollout, credited
 
@@ -83,7 +84,7 @@ def _advantages(
         own = score.users[name].to(mask.device)
         by_text = by_text + weight * group_advantages(own.unflatten(0, (-1, size))).flatten()
         rewards = rewards + weight * own[:, None] * mask
-        figure = f"rewards/{name.replace(':', '.')}"
+        figure = reward_figure(name)
         sums |= {figure: weighted_sum(own, ones), f"{figure}/square": weighted_sum(own.square(), ones)}
     per_text = rewards.sum(-1) / mask.sum(-1).clamp(min=1)
     groups = rewards.unflatten(0, (-1, size))

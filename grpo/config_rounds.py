@@ -316,6 +316,8 @@ class EvaluationSection:
     """Attention heads of the judge."""
     judge_learning_rate: float = 3e-3
     """Peak learning rate of the judge; a wide one wants a smaller one."""
+    scorer: str = ""
+    """Checkpoint of a `sequence_scorer` (`pretrain.mode`), whose mean P(natural) of the texts is one more figure."""
     temperature: tuple[float, ...] = ()
     """Temperatures that `pipelines/evaluate.py` crosses with the lists below; empty: that of `denoise`, as there."""
     top_p: tuple[float, ...] = ()

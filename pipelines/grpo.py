@@ -47,17 +47,10 @@ from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
-from pipelines.evaluate import (
-    check_enough,
-    check_splits,
-    fit_judge,
-    measure,
-    measure_natural,
-    quality_table,
-    reward_columns,
-)
+from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
+from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
 from pipelines.placement import check_fits, node_resources, placed, task_options, where
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
@@ -160,6 +153,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     display.note(f"data: {config.data.source}; {where(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
+    load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)

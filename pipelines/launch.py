@@ -43,7 +43,7 @@ QUIET = {
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
 }
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINTS = ("grpo.base", "pretrain.teacher", "denoise.remasking_model")
+CHECKPOINTS = ("grpo.base", "pretrain.teacher", "denoise.remasking_model", "evaluation.scorer")
 """Keys that hold the path of a checkpoint."""
 CONNECT_S = 5.0
 """Seconds that the cluster of RAY_ADDRESS has to answer a connection."""

@@ -204,8 +204,14 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [[key, value] for key, value in summary.items() if not key.removeprefix("last_").startswith(PARTS)]
     summary_table(f"pretrain {folder.name}", rows, ["", "value"])
-    shows = f"sample.py --checkpoint {folder / 'best'}" if config.pretrain.mode == "generator" else "grpo.py"
-    print(f"model    {folder / 'best'}\nsummary  {folder / 'summary.json'}\n"
+    model, teacher = folder / "best", config.pretrain.teacher
+    shows = {
+        "generator": f"sample.py --checkpoint {model}",
+        "token_classifier": f"sample.py --checkpoint {teacher} denoise.remasking=model denoise.randomness=0.3 "
+                            f"denoise.remasking_model={model}",
+        "sequence_scorer": f"evaluate.py --checkpoint {teacher} evaluation.scorer={model}",
+    }[config.pretrain.mode]
+    print(f"model    {model}\nsummary  {folder / 'summary.json'}\n"
           f"curves   mlflow ui --backend-store-uri {tracking_uri(config.tracking, config.run.output)}\n"
           f"next     python pipelines/{shows}")
     return summary

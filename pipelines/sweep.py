@@ -40,9 +40,9 @@ from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
-from pipelines.evaluate import check_enough, fit_judge, measure_natural
 from pipelines.grpo import publish_trunk
 from pipelines.launch import launch, run_folder, start_ray, write_json
+from pipelines.measurements import check_enough, fit_judge, measure_natural
 from pipelines.placement import at_once, check_fits, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides

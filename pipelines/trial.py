@@ -28,9 +28,9 @@ from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
-from pipelines.evaluate import FIGURES, measure
 from pipelines.grpo import Paths, start_actors
 from pipelines.launch import worker_threads, write_json
+from pipelines.measurements import FIGURES, measure
 from pipelines.pretrain import alone
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
