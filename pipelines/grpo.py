@@ -51,7 +51,7 @@ from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
 from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
-from pipelines.placement import check_fits, node_resources, placed, task_options, where
+from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
 from pipelines.progress import Display, follow, start_board, stop_on_signals
@@ -150,7 +150,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     start_ray()
     nodes = node_resources()
     check_fits(config.cluster, config.grpo, nodes)
-    display.note(f"data: {config.data.source}; {where(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
+    display.note(f"data: {config.data.source}; {computes_on(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)

@@ -34,7 +34,7 @@ def total(nodes: list[Resources], resource: str) -> float:
     return sum(node.get(resource, 0.0) for node in nodes)
 
 
-def where(nodes: list[Resources], num_workers: int, key: str) -> str:
+def computes_on(nodes: list[Resources], num_workers: int, key: str) -> str:
     """What a run computes on, for the reader: a GPU that Ray does not see is otherwise missed by nobody.
 
     Args:

@@ -38,7 +38,7 @@ from grpo.data import Dataset, open_dataset, windows
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import pretrain_figure, series
 from pipelines.launch import launch, run_folder, start_ray, write_json
-from pipelines.placement import node_resources, total, where
+from pipelines.placement import computes_on, node_resources, total
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
@@ -136,7 +136,7 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     kind = "GPU" if total(nodes, "GPU") else "CPU"
     if num_workers > total(nodes, kind):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
-    display.note(f"pretraining {where(nodes, num_workers, 'pretrain.num_workers')}")
+    display.note(f"pretraining {computes_on(nodes, num_workers, 'pretrain.num_workers')}")
     board = start_board()
     scratch = job.folder / "ray-train"
     trainer = TorchTrainer(

@@ -10,7 +10,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config import ClusterSection, GrpoSection
-from pipelines.placement import at_once, check_fits, node_resources, placed, task_options, where
+from pipelines.placement import at_once, check_fits, computes_on, node_resources, placed, task_options
 from pipelines.ranks import reason_of, torch_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,8 +105,8 @@ def test_every_rank_gets_a_gpu_of_its_own():
 
 
 def test_a_run_says_what_it_computes_on():
-    assert where([{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}], 1, "a.b") == "on 2 GPUs, 1 of them used (a.b)"
-    assert where([{"CPU": 4.0}, {"CPU": 2.0}], 1, "a.b") == "on 6 CPUs, without a GPU"
+    assert computes_on([{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}], 1, "a.b") == "on 2 GPUs, 1 of them used (a.b)"
+    assert computes_on([{"CPU": 4.0}, {"CPU": 2.0}], 1, "a.b") == "on 6 CPUs, without a GPU"
 
 
 @pytest.mark.parametrize("resources, gpus", [({"CPU": 4.0}, 0), ({"CPU": 4.0, "GPU": 2.0}, 0.25)])
