@@ -131,8 +131,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         dataset = prepare(config.data, config.run.cache)
         check_enough(config, dataset)
         load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
-        for key, checkpoint in checkpoints.items():
-            check_splits(checkpoint, config.data, key)
+        for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):
+            check_splits(checkpoint, config.data, option)
         start_ray()
         display.note("training or loading the judge")
         task = ray.remote(**task_options(config.cluster))
