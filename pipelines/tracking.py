@@ -76,6 +76,7 @@ class Tracker:
                  warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self.uri = tracking_uri(section, self.folder.parent)
+        self._place = re.sub("//[^/@]*@", "//", self.uri)  # for others to read: without a password
         self._experiment, self._name, self._config, self._parent = section.experiment, name, config, parent_run_id
         self._attached, self._run_id, self._flush_s, self._warn = run_id is not None, run_id, flush_s, warn
         self._resumes = resumes
@@ -158,10 +159,10 @@ class Tracker:
         if not stored:
             self._write_unsent()
             kept = f"are in {self._file} and are sent when this run is resumed"
-            self._warn(f"tracking: {len(self._pending)} records could not be sent to {self.uri}; they "
+            self._warn(f"tracking: {len(self._pending)} records could not be sent to {self._place}; they "
                        + (kept if self._written >= len(self._pending) else "are lost, as nothing could be written"))
         if self._dropped:
-            self._warn(f"tracking: {self._dropped} records were given up while {self.uri} was away (more than "
+            self._warn(f"tracking: {self._dropped} records were given up while {self._place} was away (more than "
                        f"{MAX_PENDING} waited)")
 
     def _stored(self) -> bool:
@@ -197,12 +198,12 @@ class Tracker:
                     self._connect()
                 self._send()
                 if self._failures:
-                    self._warn(f"tracking: {self.uri} is back; what waited has been sent")
+                    self._warn(f"tracking: {self._place} is back; what waited has been sent")
                 self._failures = 0
             except Exception as error:  # whatever a store does, the run goes on
                 if not self._failures and not self._closing:  # `finish` has the last word
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                    self._warn(f"tracking: {self.uri} does not answer ({reason}); the run goes on, and keeps its "
+                    self._warn(f"tracking: {self._place} does not answer ({reason}); the run goes on, and keeps its "
                                f"records in {self._file}")
                 self._failures += 1
                 self._write_unsent()
@@ -235,7 +236,7 @@ class Tracker:
         """The folder's run, opened again, or a new one. Processes take turns: while the store is away, a worker gets no
         id from its driver, and both come here later."""
         path = self.folder / IDENTITY
-        own = {"uri": re.sub("//[^/@]*@", "//", self.uri), "name": self._name, "parent": self._parent}
+        own = {"uri": self._place, "name": self._name, "parent": self._parent}
         with open(path.with_name(f".{IDENTITY}.lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             run = _known_run(client, path, own) if self._resumes else None
@@ -254,6 +255,9 @@ class Tracker:
 
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is not None:
+            if experiment.lifecycle_stage == "deleted":
+                raise RuntimeError(f"experiment {self._experiment} is deleted there: restore it, or give another "
+                                   "tracking.experiment")
             return experiment.experiment_id
         local = self.uri.startswith("sqlite:")
         try:

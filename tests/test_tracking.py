@@ -1,19 +1,14 @@
 import json
-import os
 import resource
 import shutil
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
 import pytest
 
 from grpo.config import TrackingSection
-from grpo.text_generator import TextGenerator
 from pipelines.tracking import Tracker, tracking_uri
 
 matplotlib.use("Agg")
@@ -52,6 +47,14 @@ def closed_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def four_at_once(work):
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def history(client, run_id, key):
@@ -165,19 +168,21 @@ def test_what_is_made_all_over_again_gets_a_new_run_each_time(tmp_path, client):
     assert [history(client(), run_id, "loss") for run_id in ids] == [[(0, 1.0)], [(0, 2.0)]]
 
 
-def test_a_password_in_the_uri_stays_out_of_the_folder(tmp_path, monkeypatch):
+def test_a_password_in_the_uri_is_not_shown_to_others(tmp_path, monkeypatch, capsys):
     secret = TrackingSection(uri="http://me:secret@server/path", experiment="test")
     run = SimpleNamespace(info=SimpleNamespace(run_id="7", status="RUNNING", lifecycle_stage="active"),
                           data=SimpleNamespace(metrics={}, params={}))
     calls = []
+    experiment = SimpleNamespace(experiment_id="0", lifecycle_stage="active")
     made = SimpleNamespace(create_run=lambda *_, **__: calls.append("create") or run,
                            get_run=lambda run_id: calls.append(run_id) or run,
-                           get_experiment_by_name=lambda _: SimpleNamespace(experiment_id="0"))
+                           get_experiment_by_name=lambda _: experiment)
     monkeypatch.setattr("mlflow.MlflowClient", lambda tracking_uri: made)
     for _ in range(2):
         tracker = track(tmp_path, section=secret)
         assert tracker.run_id == "7"
         tracker.finish(timeout_s=0)
+    assert "secret" not in capsys.readouterr().err
     known = json.loads((tmp_path / "run" / "mlflow.json").read_text())
     assert known == {"uri": "http://server/path", "name": "run", "parent": None, "run_id": "7"}
     assert calls[:1] == ["create"] and "create" not in calls[1:]
@@ -194,13 +199,22 @@ def test_processes_that_come_to_one_folder_at_once_share_its_run(tmp_path, clien
                 pass
             ids.append(run_id)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    four_at_once(work)
     assert len(ids) == 4 and len(set(ids)) == 1
     assert client().get_run(ids[0]).data.metrics == {f"x{index}": float(index) for index in range(4)}
+
+
+def test_a_deleted_experiment_is_said_and_its_records_are_sent_when_it_is_restored(tmp_path, client):
+    with track(tmp_path, "first"):
+        pass
+    identity, warnings = client().get_experiment_by_name("test").experiment_id, []
+    client().delete_experiment(identity)
+    with track(tmp_path, "second", warn=warnings.append) as tracker:
+        tracker.log({"loss": 1.0}, 0)
+        assert not tracker.flush(5)
+        assert len(warnings) == 1 and "experiment test is deleted there: restore it, or give another" in warnings[0]
+        client().restore_experiment(identity)
+        assert tracker.flush() and history(client(), tracker.run_id, "loss") == [(0, 1.0)]
 
 
 def test_artifacts_lie_beside_the_store_wherever_the_first_run_is(tmp_path, client):
@@ -344,11 +358,7 @@ def test_processes_that_start_at_once_share_one_experiment(tmp_path, client):
                 pass
             ids.append(run_id)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    four_at_once(work)
     runs = [client().get_run(run_id) for run_id in ids]
     assert len(set(ids)) == 4 and len({run.info.experiment_id for run in runs}) == 1
     assert all(run.data.metrics == {"x": float(run.info.run_name[-1])} for run in runs)
@@ -375,21 +385,3 @@ def test_a_full_disk_stops_nothing_and_what_waited_is_stored_when_there_is_space
     said = " ".join(warnings)
     assert len(warnings) == 3 and all(words in said for words in ("does not answer", "was not written", "is back"))
     assert not (tmp_path / "run" / "unsent-driver.jsonl").exists()
-
-
-def test_a_logged_model_writes_text_in_a_process_without_the_project(tmp_path, client):
-    from tests.test_text_generator import checkpoint
-
-    folder = checkpoint(tmp_path)[0]
-    with track(tmp_path) as tracker:
-        tracker.model(folder)
-        run_id = tracker.run_id
-    script = f"""import mlflow, sys
-mlflow.set_tracking_uri("{tracking_uri(SECTION, tmp_path)}")
-model = mlflow.pytorch.load_model("runs:/{run_id}/model")
-assert "{Path(__file__).parent.parent}" not in sys.modules["grpo"].__file__
-sys.stdout.buffer.write(repr(model("the ", num=2, seed=3)).encode())
-"""
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.stdout.decode() == repr(TextGenerator(folder)("the ", num=2, seed=3)), done.stderr.decode()
