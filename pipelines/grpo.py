@@ -46,7 +46,7 @@ from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
-from grpo.run_checkpoints import find_checkpoint
+from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
@@ -57,7 +57,7 @@ from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, 
 from pipelines.progress import Display, follow, start_board, stop_on_signals
 from pipelines.ranks import beside_main_thread, reason_of, torch_config
 from pipelines.rollouts import Job
-from pipelines.rounds import newest_round, worker_loop
+from pipelines.rounds import worker_loop
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")
@@ -85,7 +85,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         save_config(config, folder / "config.yaml")
         meta = open_dataset(paths.dataset).meta
         with Tracker(
-            config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_round(folder) + 1
+            config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1
         ) as tracker:
             tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
@@ -303,7 +303,7 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     total = job.config.grpo.rounds + job.config.warmup_rounds
     board = start_board()
     scratch, on_gpu = job.folder / "ray-train", bool(ray.cluster_resources().get("GPU"))
-    display.phase("adversarial rounds", newest_round(job.folder), total)
+    display.phase("adversarial rounds", newest_step(job.folder), total)
     trainer = TorchTrainer(
         worker_loop,
         train_loop_config={"job": replace(job, board=board)},
@@ -328,13 +328,13 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
     except ray.train.TrainingFailedError as error:
         raise RuntimeError(
             f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}; the same command goes on "
-            f"after round {newest_round(job.folder)}"
+            f"after round {newest_step(job.folder)}"
         ) from error
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)
     if "error" in result:
-        raise ValueError(f"{result['error']}; the same command goes on after round {newest_round(job.folder)}")
+        raise ValueError(f"{result['error']}; the same command goes on after round {newest_step(job.folder)}")
     if "stopped" in result:
         display.note(f"stopped after round {result['stopped']}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)

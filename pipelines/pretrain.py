@@ -35,12 +35,12 @@ from typing import Any
 from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
-from grpo.run_checkpoints import find_checkpoint
+from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.figures import pretrain_figure, series
 from pipelines.launch import launch, run_folder, start_ray, write_json
 from pipelines.placement import computes_on, node_resources, total
 from pipelines.prepare import prepare
-from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
+from pipelines.pretrain_loop import Job, make_trainer, read_curve, worker_loop
 from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
 from pipelines.ranks import Ranks, beside_main_thread, reason_of, torch_config
 from pipelines.tracking import Tracker, tracking_uri

@@ -67,12 +67,6 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
         raise  # the other ranks wait for this one; Ray Train starts all of them again, and they find the reason
 
 
-def newest_round(folder: Path) -> int:
-    """Rounds done at the newest whole checkpoint; 0 without one."""
-    newest = latest_checkpoint(folder / "checkpoints")
-    return 0 if newest is None else int(newest.name.rpartition("-")[2])
-
-
 def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
     """All rounds, from the newest checkpoint on; rank 0 logs and reports.
 
