@@ -30,12 +30,12 @@ from grpo.mask_bias import overshoot, settle_index
 from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, start_actors
-from pipelines.launch import worker_threads, write_json
+from pipelines.launch import worker_threads
 from pipelines.measurements import FIGURES, measure
-from pipelines.pretrain import alone
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
 from pipelines.rollouts import Job
+from pipelines.run_folder import alone, write_json
 from pipelines.tracking import Tracker
 
 TOLERANCE = 0.05
