@@ -29,6 +29,9 @@ from grpo.config import DataSection
 from grpo.shards import FORMAT, SPLITS, TOKENIZER_KEY, finish_dataset, partial_folder, write_piece
 from grpo.tokenizer import Tokenizer, Vocabulary, build_tokenizer
 
+VALIDATION_WINDOWS_SEED = 1
+"""Seed of the validation rows on which models are compared: pretraining's bound and the measurements read the same."""
+
 
 @dataclass(frozen=True)
 class Batch:
