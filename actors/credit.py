@@ -70,7 +70,7 @@ def _advantages(
     size, mask = rollout.group_size, rollout.completion_mask
     rewards = torch.zeros(mask.shape, device=mask.device)
     by_token, by_text = torch.zeros_like(rewards), torch.zeros(len(mask), device=mask.device)
-    ones, sums = torch.ones_like(by_text), {}
+    has_text, sums = mask.any(-1), {}
     if grpo.adversary:
         logits, token_logits = score.logits.to(mask.device), score.token_logits.to(mask.device)
         own = dense_rewards(
@@ -79,20 +79,20 @@ def _advantages(
         grouped, group_mask = own.unflatten(0, (-1, size)), mask.unflatten(0, (-1, size))
         by_token = grpo.adversary * group_advantages(grouped, mask=group_mask, normalize=grpo.normalize).flatten(0, 1)
         rewards = grpo.adversary * own
-        sums["p_natural"] = weighted_sum(log_odds(logits).sigmoid(), ones)
+        sums["p_natural"] = weighted_sum(log_odds(logits).sigmoid(), has_text)
     for name, weight in grpo.rewards.items():
         own = score.users[name].to(mask.device)
         by_text = by_text + weight * group_advantages(own.unflatten(0, (-1, size))).flatten()
         rewards = rewards + weight * own[:, None] * mask
         figure = reward_figure(name)
-        sums |= {figure: weighted_sum(own, ones), f"{figure}/square": weighted_sum(own.square(), ones)}
+        sums |= {figure: weighted_sum(own, has_text), f"{figure}/square": weighted_sum(own.square(), has_text)}
     per_text = rewards.sum(-1) / mask.sum(-1).clamp(min=1)
     groups = rewards.unflatten(0, (-1, size))
     num_groups = torch.tensor(float(len(groups)), device=mask.device)
     return by_token, by_text, sums | {
-        "reward": weighted_sum(per_text, ones),
-        "reward/square": weighted_sum(per_text.square(), ones),
-        "completion_length": weighted_sum(mask.sum(-1), ones),
+        "reward": weighted_sum(per_text, has_text),
+        "reward/square": weighted_sum(per_text.square(), has_text),
+        "completion_length": weighted_sum(mask.sum(-1), torch.ones_like(has_text)),
         "zero_spread_groups": torch.stack([equal_groups(groups).double(), num_groups.double()]),
     }
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from actors.phase import Phase, accumulate, check_finite, reduced_means, with_prefix
 from actors.reward import Scores
@@ -26,12 +27,14 @@ from grpo.data import Batch
 from grpo.metrics import weighted_sum
 from grpo.model import GPT
 from grpo.optim import clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
-from grpo.reward_loss import discriminator_loss, log_odds, reward_steps
+from grpo.reward_loss import discriminator_loss, log_odds, reward_steps, told_apart
 from grpo.trajectory import Rollout
 
 PAIR_STREAM = 22
 MAX_NORM = 1.0
 """Of the reward head's gradient."""
+POWER_ITERATIONS = 8
+"""For the spectral norms of a head that scores, where `reward.spectral_norm` bounds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +120,8 @@ class Discriminator:
         self.buffer.append(texts)
         with torch.no_grad():
             odds = [log_odds(self.head(f, m).logits) for f, m in zip(texts.features, texts.mask, strict=True)]
-        correct = torch.cat([odds[0] < 0, odds[1] > 0])
-        return reduced_means({"reward_accuracy": weighted_sum(correct, torch.ones_like(correct))}, self.all_reduce)
+        told = told_apart(*odds, self.config.reward.loss)
+        return reduced_means({"reward_accuracy": weighted_sum(told, texts.mask.any(-1).flatten())}, self.all_reduce)
 
     def train(self, round: int, num_steps: int | None = None) -> dict[str, float]:
         """Train the reward head on pairs of generated and natural texts, new ones and replayed ones.
@@ -165,6 +168,9 @@ class Discriminator:
                 mean.lerp_(now, 1.0 if warming_up else 1 - settings.ema)
             for mean, now in zip(self.average.buffers(), self.head.buffers(), strict=True):
                 mean.copy_(now)
+            for layer in filter(is_parametrized, self.average.modules()):  # spectral norm of the average's own weights
+                for _ in range(POWER_ITERATIONS):
+                    _ = layer.weight
         return reduced_means(sums, self.all_reduce) | {"reward_steps": steps}
 
     def steer(self, accuracy: float) -> None:

@@ -8,7 +8,7 @@ dense rewards after ScratchGAN (arXiv:1905.09922).
    on logits is the default.
 2. The per-token output is trained on the same label as its text. Averaged over a text it is a discriminator by
    itself; token by token it says where the text gives itself away, which a parallel generator needs to learn from.
-3. Only completion tokens are scored: prompts are the same on both sides.
+3. Only completion tokens are scored: prompts are the same on both sides. A text without any has no say.
 """
 
 from __future__ import annotations
@@ -25,6 +25,21 @@ def log_odds(logits: Tensor) -> Tensor:
     if logits.dim() != 2 or logits.shape[1] != 2:
         raise ValueError(f"pooled logits must be [B, 2] (natural, synthetic), got {tuple(logits.shape)}")
     return logits[:, 0] - logits[:, 1]
+
+
+def told_apart(generated: Tensor, natural: Tensor, loss: str) -> Tensor:
+    """Which texts a head takes for what they are.
+
+    Args:
+        generated, natural: [m] log-odds of natural.
+        loss: that trains the head. `bradley_terry` knows differences alone: it compares the two of each pair.
+
+    Returns:
+        [2m] bool, generated texts first.
+    """
+    if loss == "bradley_terry":
+        return (natural > generated).repeat(2)
+    return torch.cat([generated < 0, natural > 0])
 
 
 def discriminator_loss(
@@ -55,31 +70,33 @@ def discriminator_loss(
         ValueError: `bradley_terry` with unequal numbers of natural and synthetic texts.
     """
     target = natural.to(logits.dtype) * (1 - 2 * smoothing) + smoothing
-    odds = log_odds(logits)
+    odds, has_text = log_odds(logits), completion_mask.any(-1)
+    better, worse = odds[natural], odds[~natural]
     if loss == "mse":
         probabilities = logits.softmax(-1)
         soft = torch.stack([target, 1 - target], -1)
-        pooled = (probabilities - soft).square().mean(-1).sum()
+        pooled = ((probabilities - soft).square().mean(-1) * has_text).sum()
     elif loss == "bce":
-        pooled = F.binary_cross_entropy_with_logits(odds, target, reduction="sum")
+        pooled = F.binary_cross_entropy_with_logits(odds, target, weight=has_text.to(odds.dtype), reduction="sum")
     else:
-        better, worse = odds[natural], odds[~natural]
         if len(better) != len(worse):
             raise ValueError(f"bradley_terry needs pairs, got {len(better)} natural and {len(worse)} synthetic texts")
         margin = better - worse
         wanted = torch.full_like(margin, 1 - smoothing)
-        pooled = 2 * F.binary_cross_entropy_with_logits(margin, wanted, reduction="sum")
+        both = (has_text[natural] & has_text[~natural]).to(odds.dtype)
+        pooled = 2 * F.binary_cross_entropy_with_logits(margin, wanted, weight=both, reduction="sum")
     lengths = completion_mask.sum(-1).clamp(min=1)
     per_token = F.binary_cross_entropy_with_logits(
         token_logits, target[:, None].expand_as(token_logits), reduction="none"
     )
     token = ((per_token * completion_mask).sum(-1) / lengths).sum()
     total = (pooled + token) / total_texts
-    count = torch.ones((), device=logits.device) * len(logits)
+    count = has_text.sum()
+    told = told_apart(worse, better, loss)
     metrics = {
         "reward_loss_pooled": torch.stack([pooled.detach(), count]).double(),
         "reward_loss_token": torch.stack([token.detach(), count]).double(),
-        "reward_accuracy_train": weighted_sum((odds > 0) == natural, torch.ones_like(natural)),
+        "reward_accuracy_train": weighted_sum(told, torch.cat([has_text[~natural], has_text[natural]])),
     }
     return total, metrics
 

@@ -272,18 +272,28 @@ def test_calibration_is_by_the_natural_text_of_all_ranks():
 
 
 def test_the_scoring_head_is_the_moving_average_and_the_buffer_forgets():
-    world = World(CONFIG)
+    ema = 0.9
+    world = World(replace(CONFIG, reward=replace(CONFIG.reward, ema=ema)))
     for round in range(5):
         old = {k: v.clone() for k, v in world.learner.discriminator.average.named_parameters()}
         world.round(round)
         now = dict(world.learner.discriminator.head.named_parameters())
         for name, value in world.learner.discriminator.average.named_parameters():
-            torch.testing.assert_close(value, CONFIG.reward.ema * old[name] + (1 - CONFIG.reward.ema) * now[name])
+            torch.testing.assert_close(value, ema * old[name] + (1 - ema) * now[name])
     assert [texts.round for texts in world.learner.discriminator.buffer] == [2, 3, 4]
     published = world.learner.discriminator.scoring_heads()
     assert np.array_equal(
         published["reward.token.0.weight"], world.learner.discriminator.average.token[0].weight.numpy()
     )
+
+
+def test_an_averaged_head_that_scores_keeps_its_spectral_norms():
+    world = World(replace(CONFIG, reward=replace(CONFIG.reward, ema=0.9, spectral_norm=True)))
+    for round in range(3):
+        world.round(round)
+    average = copy.deepcopy(world.learner.discriminator.average).eval()
+    for layer in (average.pooled[0], average.pooled[2], average.token[0], average.token[2]):
+        assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=0.05)
 
 
 # ---- does it learn? --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from grpo.reward_loss import (
     discriminator_loss,
     log_odds,
     reward_steps,
+    told_apart,
 )
 
 torch.set_num_threads(1)
@@ -53,7 +54,31 @@ def test_discriminator_loss_by_hand(loss, smoothing):
     assert metrics["reward_loss_pooled"].tolist() == pytest.approx([pooled, 4])
     assert metrics["reward_loss_token"].tolist() == pytest.approx([token, 4])
     right = sum((o > 0) == n for o, n in zip(odds, natural.tolist(), strict=True))
+    if loss == "bradley_terry":
+        right = 2 * sum(odds[i] > odds[j] for i, j in ((0, 1), (3, 2)))
     assert metrics["reward_accuracy_train"].tolist() == [right, 4]
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce", "bradley_terry"])
+def test_texts_without_a_completion_have_no_say(loss):
+    logits, token_logits, natural, mask = texts()
+    empty = mask.clone()
+    empty[2:] = False  # a pair
+    value, metrics = discriminator_loss(
+        logits, token_logits, natural, empty, loss=loss, smoothing=0.1, total_texts=8
+    )
+    only, of_only = discriminator_loss(
+        logits[:2], token_logits[:2], natural[:2], mask[:2], loss=loss, smoothing=0.1, total_texts=8
+    )
+    torch.testing.assert_close(value, only)
+    assert {name: pair.tolist() for name, pair in metrics.items()} == {n: p.tolist() for n, p in of_only.items()}
+
+
+def test_accuracy_of_pairs_does_not_hang_on_an_offset_that_their_loss_leaves_free():
+    generated, natural = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([1.0, 1.0, 1.0])
+    assert told_apart(generated, natural, "bce").tolist() == [True, False, False, True, True, True]
+    for offset in (-7, 0, 7):
+        assert told_apart(generated + offset, natural + offset, "bradley_terry").tolist() == 2 * [True, True, False]
 
 
 def test_squared_error_has_no_gradient_where_it_is_confidently_wrong():
