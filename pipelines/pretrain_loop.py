@@ -214,7 +214,8 @@ def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:
         raise ValueError(f"{newest}: {error}; choose another run.name") from error
     state = dict(checkpoint.state)
     trainer.load(state.pop("optimizer"), state.pop("mask_bias"))
-    return state
+    sums = {name: pair.to(trainer.device) for name, pair in state["sums"].items()}
+    return state | {"sums": sums}
 
 
 def _all_stop(stop: bool, ranks: Ranks, meeting: bool) -> bool:

@@ -62,7 +62,7 @@ def natural(round, full=False):
 class World:
     """One rank's learner, with its share of two pairs of actors."""
 
-    def __init__(self, config, rank=0, world=1, **distribution):
+    def __init__(self, config, rank=0, world=1, device="cpu", **distribution):
         torch.manual_seed(5)
         self.config, self.world = config, world
         base = GPT(config.model, VOCABULARY, block_size=T).eval()
@@ -75,7 +75,8 @@ class World:
         heads = to_arrays(base.heads.state_dict())
         policy = config.denoise.remasking
         self.learner = Learner(
-            blueprint, config, self.trunk, heads, remasking=policy, rank=rank, world=world, **distribution
+            blueprint, config, self.trunk, heads,
+            remasking=policy, rank=rank, world=world, device=device, **distribution,
         )
         shared = dict(
             settings=config.denoise,
@@ -88,12 +89,13 @@ class World:
             seed=0,
             lm_residual=config.grpo.residual,
             threads=1,
+            device=device,
             trainable=Trainable.of(config.grpo),
         )
         self.actors = [
             (
                 Generator(blueprint, self.trunk, heads, **shared),
-                Reward(blueprint, self.trunk, self.learner.discriminator.scoring_heads(), threads=1),
+                Reward(blueprint, self.trunk, self.learner.discriminator.scoring_heads(), threads=1, device=device),
             )
             for _ in range(2 // world)
         ]

@@ -38,14 +38,15 @@ def make_model(base=V, *, causal=False, block_size=T, dtype=torch.float64):
 def rolled(model, rows, *, remasking="random", positions=False, policy_tokens="all", length=T, prompt=0, replay=False,
            **settings):
     """One sample for each seed in `rows`, of prompts of zeros."""
-    prompts = torch.zeros(len(rows), length, dtype=torch.int64)
+    device = next(model.parameters()).device
+    prompts = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
     return roll_out(
         model,
         prompts,
         torch.ones_like(prompts, dtype=torch.bool),
         prompt_tokens=prompt,
         group_size=1,
-        seeds=row_seeds(1, 0, 0, rows),
+        seeds=row_seeds(1, 0, 0, rows).to(device),
         settings=DenoiseSection(**{"steps": 2, **settings}),
         remasking=remasking,
         policy_tokens=policy_tokens,
@@ -57,9 +58,9 @@ def rolled(model, rows, *, remasking="random", positions=False, policy_tokens="a
     )
 
 
-def large(kind, rows=None, dtype=torch.float32, **settings):
+def large(kind, rows=None, dtype=torch.float32, device="cpu", **settings):
     options = dict(KINDS[kind])
-    model = make_model(20, causal=options.pop("causal", False), block_size=16, dtype=dtype)
+    model = make_model(20, causal=options.pop("causal", False), block_size=16, dtype=dtype).to(device)
     rows = torch.arange(12) if rows is None else rows
     settings = {"steps": 4, "temperature": 0.7, "top_p": 0.8, **settings}
     return model, rolled(model, rows, length=16, prompt=4, **options, **settings)
