@@ -4,13 +4,15 @@
    a part holds the actions of one step, and its backward frees the step's graph before the next one is built.
 2. A uniformly drawn subset of k of the S steps, weighted by S / k, has the gradient of all steps in expectation.
 3. Losses are sums over actions with denominators known before, so parts of any size add up to the same gradient.
-4. Tables over the vocabulary are made for a slice of the actions at a time. Where there are several slices, each one's
-   is dropped after the forward and made again in the backward.
+4. Tables over the vocabulary, or over the positions of re-mask draws, are made for a slice at a time. Where there are
+   several slices, each one's is dropped after the forward and made again in the backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +21,17 @@ from torch.utils.checkpoint import checkpoint
 from grpo.model import GPT
 from grpo.noise import row_seeds, uniforms
 from grpo.policy_loss import exact_kl
+from grpo.remasking import draw_log_probs
 from grpo.slices import slices
 from grpo.trajectory import (
     ACTION_FIELDS,
+    TABLE,
     Choices,
+    Data,
     Rollout,
-    choice_log_probs,
+    choice_weights,
     credited,
+    judged_wrong,
     policy_log_probs,
     taken,
 )
@@ -34,8 +40,10 @@ REPLAY_STREAM = 23
 """Noise stream of the steps that are drawn (see `grpo.noise.row_seeds`)."""
 CACHED = -1
 """The step of a part that is not replayed."""
-TABLE = 1 << 24
-"""Entries of the largest table over the vocabulary that an update makes; float32, 64 MB."""
+DRAW_FIELDS = ("choice", "left", "actions")
+"""Fields of `Choices` with one entry per draw that its probability needs."""
+JUDGED_FIELDS = ("hidden", "tokens", "neighbors", "by_lm")
+"""Fields of `Choices` with one entry per judged position."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +125,7 @@ def _some_choices(choices: Choices, draws: Tensor, samples: slice, step: int, nu
         choice=(keep.cumsum(0) - 1)[choices.choice[draws]],
         rows=choices.rows[draws] - samples.start,
         **{name: getattr(choices, name)[draws] for name in ("left", "actions", "steps", "logprobs")},
-        **{name: _pick(getattr(choices, name), judged) for name in ("hidden", "tokens", "neighbors", "by_lm")},
+        **{name: _pick(getattr(choices, name), judged) for name in JUDGED_FIELDS},
         inputs=None if choices.inputs is None else choices.inputs[step : step + 1, samples],
     )
 
@@ -157,7 +165,7 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
     """What the policy loss needs of each credited action, in bounded memory.
 
     Args:
-        table: entries of the largest table over the vocabulary.
+        table: entries of the largest table over the vocabulary or over positions.
 
     Returns:
         [m + d] log-probability under the policy; [m + d] KL(policy || reference) at its state, exact over the
@@ -166,42 +174,63 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
     mine = with_states(policy, part)
     with torch.no_grad():
         theirs = with_states(reference, part)
-    pieces = list(slices(len(mine.actions), policy.vocabulary.base_size, table))
-    values = []
-    for piece in pieces:
-        both = [_slice(rollout, piece) for rollout in (mine, theirs)]
-        if len(pieces) > 1 and torch.is_grad_enabled():
-            kept = {"use_reentrant": False, "preserve_rng_state": False}
-            values.append(checkpoint(_proposal_values, policy, reference, *both, **kept))
-        else:
-            values.append(_proposal_values(policy, reference, *both))
-    logprobs, kl = (torch.cat(column) for column in zip(*values, strict=True))
-    if mine.choices is not None:
-        own = choice_log_probs(policy, mine.choices)
+
+    def proposals(piece: slice) -> tuple[Tensor, Tensor]:
+        rollout = _slice(mine, piece, ACTION_FIELDS)
+        own = policy_log_probs(policy, rollout)
         with torch.no_grad():
-            other = choice_log_probs(reference, theirs.choices)
-        logprobs = torch.cat([logprobs, taken(own, mine.choices).to(logprobs.dtype)])
-        kl = torch.cat([kl, exact_kl(own, other).to(kl.dtype)])
-    return logprobs, kl
+            other = policy_log_probs(reference, _slice(theirs, piece, ACTION_FIELDS))
+        return taken(own, rollout), exact_kl(own, other)
 
-
-def _slice(rollout: Rollout, piece: slice) -> Rollout:
-    return replace(rollout, **{name: _pick(getattr(rollout, name), piece) for name in ACTION_FIELDS})
-
-
-def _proposal_values(policy: GPT, reference: GPT, mine: Rollout, theirs: Rollout) -> tuple[Tensor, Tensor]:
-    own = policy_log_probs(policy, mine)
+    values = _by_slices(proposals, slices(len(mine.actions), policy.vocabulary.base_size, table))
+    logprobs, kl = (torch.cat(column) for column in zip(*values, strict=True))
+    if mine.choices is None:
+        return logprobs, kl
+    weights = _weights(policy, mine.choices, table)
     with torch.no_grad():
-        other = policy_log_probs(reference, theirs)
-    return taken(own, mine), exact_kl(own, other)
+        others = _weights(reference, theirs.choices, table)
+
+    def draws(piece: slice) -> tuple[Tensor, Tensor]:
+        choices = _slice(mine.choices, piece, DRAW_FIELDS)
+        own = draw_log_probs(weights, choices.choice, choices.left)
+        with torch.no_grad():
+            other = draw_log_probs(others, choices.choice, choices.left)
+        return taken(own, choices), exact_kl(own, other)
+
+    values = _by_slices(draws, slices(len(mine.choices.actions), weights.shape[1], table))
+    of_draws, kl_of_draws = (torch.cat(column).to(logprobs.dtype) for column in zip(*values, strict=True))
+    return torch.cat([logprobs, of_draws]), torch.cat([kl, kl_of_draws])
 
 
 @torch.no_grad()
 def part_logprobs(policy: GPT, part: Part, *, table: int = TABLE) -> Tensor:
     """[m + d] log-probabilities of the part's actions under the policy's present weights, nats."""
-    mine = with_states(policy, part)
-    pieces = [_slice(mine, piece) for piece in slices(len(mine.actions), policy.vocabulary.base_size, table)]
-    logprobs = [taken(policy_log_probs(policy, piece), piece) for piece in pieces]
-    if mine.choices is not None:
-        logprobs.append(taken(choice_log_probs(policy, mine.choices), mine.choices).to(logprobs[0].dtype))
+    mine, choices = with_states(policy, part), part.rollout.choices
+    rollouts = (
+        _slice(mine, piece, ACTION_FIELDS) for piece in slices(len(mine.actions), policy.vocabulary.base_size, table)
+    )
+    logprobs = [taken(policy_log_probs(policy, rollout), rollout) for rollout in rollouts]
+    if choices is not None:
+        weights = _weights(policy, mine.choices, table)
+        draws = (_slice(choices, piece, DRAW_FIELDS) for piece in slices(len(choices.actions), weights.shape[1], table))
+        logprobs += [taken(draw_log_probs(weights, d.choice, d.left), d).to(logprobs[0].dtype) for d in draws]
     return torch.cat(logprobs)
+
+
+def _weights(model: GPT, choices: Choices, table: int) -> Tensor:
+    """`choice_weights` under the model's present heads."""
+    judged = slices(len(choices.hidden), model.vocabulary.base_size, table)
+    log_wrong = _by_slices(lambda piece: judged_wrong(model, _slice(choices, piece, JUDGED_FIELDS)), judged)
+    return choice_weights(choices, torch.cat(log_wrong))
+
+
+def _by_slices(function: Callable[[slice], Any], pieces: Iterable[slice]) -> list[Any]:
+    """What a function makes of each slice; where there are several, its tables are made again in the backward."""
+    pieces = list(pieces)
+    if len(pieces) == 1 or not torch.is_grad_enabled():
+        return [function(piece) for piece in pieces]
+    return [checkpoint(function, piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+
+
+def _slice(data: Data, piece: slice, names: tuple[str, ...]) -> Data:
+    return replace(data, **{name: _pick(getattr(data, name), piece) for name in names})

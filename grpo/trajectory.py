@@ -32,9 +32,12 @@ from grpo.remasking import (
     log_wrong_from_states,
     plackett_luce_weights,
 )
+from grpo.slices import slices
 from grpo.wavefront import proposal_logits, proposal_logprobs
 
 Data = TypeVar("Data", "Choices", "Rollout")
+TABLE = 1 << 24
+"""Entries of the largest table over the vocabulary or over positions: 64 MB of float32, 128 MB of float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +266,12 @@ def _choices(
     eligible = torch.cat([record.eligible for record in records])
     choice, actions, left = draws_left(eligible, torch.cat([record.remask_order for record in records]))
     log_weights = plackett_luce_weights(torch.cat([record.scores for record in records]), randomness)
-    logprobs = draw_log_probs(log_weights, choice, left).gather(-1, actions[:, None]).squeeze(-1)
+    logprobs = torch.cat(
+        [
+            draw_log_probs(log_weights, choice[piece], left[piece]).gather(-1, actions[piece, None])[:, 0]
+            for piece in slices(len(choice), eligible.shape[1], TABLE)
+        ]
+    )
     num_rows = len(records[0].inputs)
     steps = torch.tensor([record.step for record in records], device=choice.device)
     judged: dict[str, Tensor | None] = {"hidden": None}
@@ -323,21 +331,29 @@ def policy_log_probs(model: GPT, rollout: Rollout) -> Tensor:
     return proposal_logprobs(logits, rollout.temperature, rollout.support)
 
 
+def judged_wrong(model: GPT, choices: Choices) -> Tensor:
+    """[E] float64 log P(wrong) at the judged positions, under the model's present heads."""
+    if choices.policy == "confidence":
+        logits = proposal_logits(model, choices.hidden, choices.neighbors, choices.by_lm)
+        plain = proposal_logprobs(logits, 1.0).gather(-1, choices.tokens[:, None]).squeeze(-1)
+        return log_wrong_from_confidence(plain)
+    return log_wrong_from_states(choices.policy, model, choices.hidden, choices.mask_bias)
+
+
+def choice_weights(choices: Choices, log_wrong: Tensor) -> Tensor:
+    """[R, T] float64 Plackett-Luce weights, logarithmic, from `judged_wrong`."""
+    table = torch.zeros(choices.eligible.shape, dtype=torch.float64, device=log_wrong.device)
+    return plackett_luce_weights(table.masked_scatter(choices.eligible, log_wrong), choices.randomness)
+
+
 def choice_log_probs(model: GPT, choices: Choices) -> Tensor:
     """Log-probabilities of all positions at each re-mask draw, under the model's present heads.
 
     Returns:
         [D, T] float64, normalised; -inf where the draw could not fall.
     """
-    if choices.policy == "confidence":
-        logits = proposal_logits(model, choices.hidden, choices.neighbors, choices.by_lm)
-        plain = proposal_logprobs(logits, 1.0).gather(-1, choices.tokens[:, None]).squeeze(-1)
-        log_wrong = log_wrong_from_confidence(plain)
-    else:
-        log_wrong = log_wrong_from_states(choices.policy, model, choices.hidden, choices.mask_bias)
-    table = torch.zeros(choices.eligible.shape, dtype=torch.float64, device=log_wrong.device)
-    table = table.masked_scatter(choices.eligible, log_wrong)
-    return draw_log_probs(plackett_luce_weights(table, choices.randomness), choices.choice, choices.left)
+    weights = choice_weights(choices, judged_wrong(model, choices))
+    return draw_log_probs(weights, choices.choice, choices.left)
 
 
 def taken(table: Tensor, kind: Rollout | Choices) -> Tensor:

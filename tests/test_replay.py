@@ -4,11 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+import grpo.replay
 from benchmarks.peak_memory import PeakMemory
 from grpo.lora import Trainable, train_below_heads
 from grpo.metrics import merge_sums
+from grpo.remasking import draw_log_probs
 from grpo.replay import CACHED, action_values, draw_steps, part_logprobs, split, with_states
-from grpo.trajectory import credited, trajectory_logprobs, wavefront_figures
+from grpo.trajectory import credited, judged_wrong, trajectory_logprobs, wavefront_figures
 from tests.small_rollouts import KINDS, T, gradient, large, make_model, relative, rolled
 
 
@@ -84,12 +86,19 @@ def test_replayed_and_sliced_and_split_gradients_equal_the_cached_one(kind):
         assert relative(found, exact) < 1e-10
 
 
-def test_small_tables_change_no_gradient():
-    model, cached, _ = both("wavefront", torch.float64)
-    reference, _ = large("wavefront", dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["wavefront", "confidence", "critic"])
+def test_small_tables_change_no_gradient(kind, monkeypatch):
+    model, cached, _ = both(kind, torch.float64)
+    reference, _ = large(kind, dtype=torch.float64)
     part, = split(cached, 0)
     whole = action_values(model, reference, part)
+    judged, drawn = [], []
+    monkeypatch.setattr(grpo.replay, "judged_wrong",
+                        lambda model, choices: judged.append(len(choices.hidden)) or judged_wrong(model, choices))
+    monkeypatch.setattr(grpo.replay, "draw_log_probs",
+                        lambda weights, choice, left: drawn.append(len(left)) or draw_log_probs(weights, choice, left))
     sliced = action_values(model, reference, part, table=100)
+    assert max(judged) == 100 // 20 and max(drawn) == 100 // 16
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     left, right = (gradient(model, logprobs.sum() + 2 * kl.sum()) for logprobs, kl in (whole, sliced))
