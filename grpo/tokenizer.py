@@ -57,8 +57,9 @@ class Tokenizer:
     def __init__(self, kind: str, ranks: dict[bytes, int], pattern: str) -> None:
         self.kind, self.pattern = kind, pattern
         self.vocabulary = Vocabulary(len(ranks))
-        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self._bytes = sorted(ranks, key=ranks.__getitem__)
+        ranks = {token: rank for rank, token in enumerate(self._bytes)}  # p50k_base leaves out an id
+        self._encoding = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         digest = hashlib.sha256(json.dumps([kind, pattern]).encode())
         digest.update(_rank_lines(self._bytes))
         self.fingerprint = digest.hexdigest()

@@ -242,4 +242,5 @@ def _all_joined(config: Config, trainer: Pretrainer) -> int:
 
 def _better(candidate: dict[str, Any], best: dict[str, Any], figure: str) -> bool:
     """A validation with every head in it beats one without; then the lower figure does."""
-    return not best or (not candidate["full"], candidate[figure]) < (not best["full"], best[figure])
+    rank = lambda row: (not row["full"], math.inf if math.isnan(row[figure]) else row[figure])  # noqa: E731
+    return not best or rank(candidate) < rank(best)

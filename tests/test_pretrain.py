@@ -137,7 +137,7 @@ def test_the_last_two_checkpoints_are_kept(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("bounds, best", [
-    ([9.0, 5.0, 6.0], 40), ([1.0, 5.0, 6.0], 40), ([1.0, 6.0, 5.0], 60), ([1.0, 5.0, 5.0], 40)])
+    ([9.0, 5.0, 6.0], 40), ([1.0, 5.0, 6.0], 40), ([1.0, 6.0, 5.0], 60), ([1.0, 5.0, 5.0], 40), ([1.0, float("nan"), 5.0], 60)])
 def test_best_has_the_lowest_bound_among_validations_with_every_head(dataset, tmp_path, monkeypatch, bounds, best):
     """The critic joins fully at step 40: a lower bound at step 20 does not count, other figures never do."""
     values = iter(bounds)

@@ -126,3 +126,11 @@ def test_unknown_kinds_get_one_line_with_the_remedy(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message) as error:
             build_tokenizer(kind)
         assert "\n" not in str(error.value)
+
+
+def test_ids_are_consecutive_where_ranks_leave_one_out():
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 257}  # as in p50k_base
+    tokenizer = Tokenizer("gap", ranks, r"\w+|\s+")
+    assert tokenizer.encode("ab c") == [256, 32, 99] and tokenizer.vocabulary.mask_id == 257
+    assert tokenizer.decode([256, 32, 99]) == "ab c"
+    assert pickle.loads(pickle.dumps(tokenizer)).encode("ab c") == [256, 32, 99]
