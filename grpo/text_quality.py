@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.sliced_loss import LOGITS_AT_ONCE
+from grpo.slices import slices
+
 
 def _ngrams(tokens: Tensor, n: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ids and rows of all n-grams that hold real tokens only.
@@ -230,21 +233,21 @@ def _wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor | None = None,
-              batch_size: int = 64) -> float:
+def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor | None = None) -> float:
     """Negative log-likelihood, nats per token, of positions from `start` on under a causal model that sees the prompt.
 
-    Special ids are outside the softmax, as they are outside sampling. Rows are moved to the model's device.
+    Special ids are outside the softmax, as they are outside sampling. Rows are moved to the model's device, as many at
+    once as their logits leave room for.
 
     Args:
         model: causal `GPT`; `model(tokens)` are logits [B, T, V] of the next token.
         tokens: [B, T] int64, prompt and completion. start: first position that counts, at least 1.
     """
     device, total, count = next(model.parameters()).device, 0.0, 0
-    for first in range(0, len(tokens), batch_size):
-        rows = tokens[first: first + batch_size].to(device)
+    for part in slices(len(tokens), tokens.shape[1] * model.vocabulary.size, LOGITS_AT_ONCE[device.type]):
+        rows = tokens[part].to(device)
         logits_BTV = model(rows)[:, start - 1: -1, : model.vocabulary.base_size].float()
-        real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask[first: first + batch_size].to(device)
+        real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask[part].to(device)
         nll = F.cross_entropy(logits_BTV[real[:, start:]], rows[:, start:][real[:, start:]], reduction="none")
         total += nll.double().sum().item()
         count += nll.numel()

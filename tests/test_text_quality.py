@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from grpo.sliced_loss import LOGITS_AT_ONCE
 from grpo.text_quality import (
     c2st,
     distinct_n,
@@ -163,7 +164,7 @@ def test_c2st_is_blind_to_padding_and_demands_one_shape():
 
 class Bigram(torch.nn.Module):
     class vocabulary:
-        base_size = 3
+        base_size, size = 3, 4
 
     def __init__(self):
         super().__init__()
@@ -179,10 +180,19 @@ def test_judge_counts_completion_tokens_and_excludes_special_ids():
     p = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).double().log_softmax(-1)
     expected = -(p[0, 2] + p[2, 1] + p[1, 0] + p[0, 0]) / 4
     assert judge_nll(Bigram(), tokens, 2) == pytest.approx(expected.item(), rel=1e-6)
-    assert judge_nll(Bigram(), tokens, 2, batch_size=1) == pytest.approx(expected.item(), rel=1e-6)
     mask = torch.tensor([[True] * 4, [True, True, True, False]])
     expected = -(p[0, 2] + p[2, 1] + p[1, 0]) / 3
     assert judge_nll(Bigram(), tokens, 2, mask) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_judge_of_a_large_vocabulary_reads_few_rows_at_once(monkeypatch):
+    tokens = torch.randint(0, 3, (11, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(10) < torch.arange(11)[:, None]
+    whole, judge, logits = judge_nll(Bigram(), tokens, 2, mask), Bigram(), []
+    judge.register_forward_hook(lambda module, inputs, output: logits.append(output.numel()))
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 4 * 10 * 4)
+    assert judge_nll(judge, tokens, 2, mask) == pytest.approx(whole, rel=1e-6)
+    assert logits == [160, 160, 120]
 
 
 @pytest.mark.gpu
