@@ -36,6 +36,7 @@ from grpo.text_quality import judge_nll, quality_report, temperature_matching_en
 from grpo.tokenizer import Tokenizer
 from pipelines.launch import worker_threads
 from pipelines.live_view import Recorder, token_pieces
+from pipelines.pretrain import alone
 
 VALIDATION_WINDOWS_SEED = 1
 FIGURES = (
@@ -56,16 +57,19 @@ def check_enough(config: Config, dataset: Path) -> None:
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
-    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task."""
+    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task; where
+    several runs start together, one trains it and the others wait.
+    """
     wanted = judge_config(config)
     decides = config_hash(dataset.name, wanted.model, wanted.pretrain, wanted.run.seed)
     folder = dataset.parent / f"judge-{decides}"
-    try:
-        verify_checkpoint(folder)
-    except ValueError:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2), device=device)
-        save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
+    with alone(dataset.parent / f"{folder.name}.lock"):  # the folder itself is replaced
+        try:
+            verify_checkpoint(folder)
+        except ValueError:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2), device=device)
+            save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
     return folder
 
 

@@ -1,9 +1,12 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.judge import Judge
 from grpo.checkpoint import load_model, save_checkpoint
 from grpo.config import DataSection
 from grpo.config_file import load_config, to_dict
@@ -86,6 +89,22 @@ def test_a_judge_is_found_again_by_runs_of_other_settings(tmp_path):
               ["pretrain.warmup=7", "model.position=learned", "model.bias=true"])
     assert {fit_judge(settings(*other), dataset) for other in others} == {fit_judge(config, dataset)}
     assert fit_judge(settings("evaluation.judge_steps=3"), dataset) != fit_judge(config, dataset)
+
+
+def test_runs_that_start_together_train_one_judge(monkeypatch, tmp_path):
+    config, trained = settings(), []
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data").folder
+
+    class Slow(Judge):
+        def train(self):
+            trained.append(self)
+            time.sleep(0.5)
+            return super().train()
+
+    monkeypatch.setattr("pipelines.measurements.Judge", Slow)
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(lambda _: fit_judge(config, dataset), range(3)))
+    assert len(trained) == 1 and len(set(folders)) == 1
 
 
 def test_a_frozen_scorer_is_one_more_figure(tmp_path):
