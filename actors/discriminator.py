@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from actors.phase import Phase, accumulate, check_finite, reduced_means, with_prefix
+from actors.phase import Phase, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, to_arrays
 from grpo.config import Config
 from grpo.data import Batch
-from grpo.metrics import weighted_sum
+from grpo.metrics import accumulate, reduced_means, weighted_sum
 from grpo.model import GPT
-from grpo.optim import clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
+from grpo.optim import check_finite, clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
 from grpo.reward_loss import discriminator_loss, log_odds, reward_steps
 from grpo.trajectory import Rollout
 

@@ -31,7 +31,7 @@ from grpo.critic import fill_masks
 from grpo.data import Batch
 from grpo.diffusion_loss import nelbo, next_token_counted, ratio_with_error
 from grpo.mask_bias import MaskBias
-from grpo.metrics import auroc, bits_per_byte, expected_calibration_error, means, merge_sums, pack_sums, unpack_sums
+from grpo.metrics import auroc, bits_per_byte, expected_calibration_error, means, merge_sums, reduced_means
 from grpo.model import GPT, MODES, text_logits
 from grpo.multitask import BEYOND_RAMPS, Objective, Stage, corrupt_batch, counts, multitask_loss, stage
 from grpo.noise import row_seeds
@@ -172,7 +172,7 @@ class Pretrainer:
 
     def read(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means over ranks of accumulated pairs, and the controller's state; here alone the host waits."""
-        values = means(unpack_sums(sums, self.all_reduce(pack_sums(sums))))
+        values = reduced_means(sums, self.all_reduce)
         if "p_mask_unmask" in sums:
             values |= {
                 "mask_bias": float(self.mask_bias.bias),

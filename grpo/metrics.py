@@ -1,4 +1,4 @@
-"""Measurements: sums that can be merged and all-reduced, AUROC, calibration error, bits per byte.
+"""Measurements: sums that can be merged and all-reduced, AUROC, calibration error, bits per byte, settling of a signal.
 
 1. A metric is a pair (weighted sum, weight) in one float64 tensor of shape [2]. Pairs add over micro-batches, steps
    and ranks, and are divided once, when somebody reads them; a mean of means would weigh unequal parts equally.
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ def merge_sums(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, T
     return {**left, **{name: left[name] + pair if name in left else pair for name, pair in right.items()}}
 
 
+def accumulate(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add pairs to those gathered so far, in place."""
+    sums.update(merge_sums(sums, part))
+
+
 def pack_sums(sums: dict[str, Tensor]) -> Tensor:
     """Stack all pairs, by sorted name, into [K, 2] float64: one tensor to all-reduce. Ranks must share the names."""
     return torch.stack([sums[name] for name in sorted(sums)])
@@ -56,6 +62,11 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
         return {}
     rows = zip(sorted(sums), pack_sums(sums).tolist(), strict=True)
     return {name: total / weight for name, (total, weight) in rows if weight != 0}
+
+
+def reduced_means(sums: dict[str, Tensor], all_reduce: Callable[..., Tensor]) -> dict[str, float]:
+    """Means of pairs over all ranks."""
+    return means(unpack_sums(sums, all_reduce(pack_sums(sums)))) if sums else {}
 
 
 def auroc(scores: Tensor, targets: Tensor) -> Tensor:
@@ -98,3 +109,17 @@ def expected_calibration_error(probabilities: Tensor, targets: Tensor, *, num_bi
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Convert nats per token into bits per byte of text."""
     return nats_per_token / math.log(2) / bytes_per_token
+
+
+def settle_index(signal: Tensor, target: float, tolerance: float) -> int | None:
+    """First index from which [n] readings of the signal stay within the tolerance to the end; None: they never do."""
+    outside = (signal - target).abs() > tolerance
+    first = int(outside.nonzero().max()) + 1 if outside.any() else 0
+    return first if first < len(signal) else None
+
+
+def overshoot(signal: Tensor, target: float) -> float:
+    """How far [n] readings of the signal pass the target, seen from the side where they stood furthest from it."""
+    error = signal - target
+    furthest = error.abs().argmax()
+    return max(0.0, float((error[furthest:] * -error[furthest].sign()).max()))

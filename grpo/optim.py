@@ -52,6 +52,17 @@ def clip_parts(parts: Parts, max_norm: float) -> dict[str, Tensor]:
     return norms
 
 
+def check_finite(norms: dict[str, Tensor], phase: str) -> None:
+    """Stop before a gradient that is not finite reaches the weights.
+
+    Raises:
+        FloatingPointError: names phase and part.
+    """
+    for name, norm in norms.items():
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{phase}: the gradient of {name} is not finite")
+
+
 def cosine_learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: float = 0.1) -> float:
     """Linear warm-up over `warmup` steps, then a cosine to `floor` x peak at `steps`."""
     if step < warmup:

@@ -26,7 +26,7 @@ import torch
 
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
-from grpo.mask_bias import overshoot, settle_index
+from grpo.metrics import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, start_actors
 from pipelines.launch import worker_threads, write_json

@@ -9,7 +9,9 @@ from grpo.metrics import (
     expected_calibration_error,
     means,
     merge_sums,
+    overshoot,
     pack_sums,
+    settle_index,
     unpack_sums,
     weighted_sum,
 )
@@ -67,3 +69,11 @@ def test_packing_keeps_each_name_with_its_pair():
     sums = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([3.0, 4.0])}
     doubled = unpack_sums(sums, pack_sums(sums) * 2)
     assert {name: pair.tolist() for name, pair in doubled.items()} == {"a": [6.0, 8.0], "b": [2.0, 4.0]}
+
+
+def test_a_signal_settles_after_its_last_reading_outside_and_overshoots_from_its_furthest_side():
+    signal = torch.tensor([0.9, 0.5, 0.3, 0.52, 0.49])
+    assert settle_index(signal, 0.5, 0.05) == 3 and settle_index(signal[:3], 0.5, 0.05) is None
+    assert settle_index(signal[3:], 0.5, 0.05) == 0
+    assert overshoot(signal, 0.5) == pytest.approx(0.2) and overshoot(1 - signal, 0.5) == pytest.approx(0.2)
+    assert overshoot(signal[:2], 0.5) == 0
