@@ -32,7 +32,7 @@ from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
 from grpo.data import open_dataset
-from grpo.remasking import FRESH_ONLY, resolve_policy
+from grpo.remasking import forwards, resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import frontier_figure, nfe_figure
@@ -54,11 +54,6 @@ def grid(config: Config) -> list[DenoiseSection]:
     check(config.model.sampler or not wavefront, "evaluation.sampler", "false unless model.sampler is true", wavefront)
     lists = [getattr(config.evaluation, key) or (getattr(config.denoise, key),) for key in SWEPT]
     return [replace(config.denoise, **dict(zip(SWEPT, values, strict=True))) for values in itertools.product(*lists)]
-
-
-def forwards(settings: DenoiseSection, policy: str) -> int:
-    """Trunk passes over a text; a policy that reads the filled text takes a second one in all steps but the last."""
-    return settings.steps if policy in FRESH_ONLY else 2 * settings.steps - 1
 
 
 def reward_columns(row: dict[str, Any]) -> dict[str, str]:
@@ -113,7 +108,7 @@ def measure_grid(
         policy = "none" if causal else resolve_policy(denoise.remasking, models[name], load_remasking_model(denoise))
         what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
         length = config.data.block_size - config.grpo.prompt_tokens
-        rows.append({"model": name, **what, "nfe": length if causal else forwards(denoise, policy), **done[task]})
+        rows.append({"model": name, **what, "nfe": length if causal else forwards(policy, denoise.steps), **done[task]})
     return ray.get(natural), rows
 
 

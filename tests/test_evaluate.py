@@ -9,15 +9,9 @@ from mlflow import MlflowClient
 
 from benchmarks.adversarial import train_base
 from grpo.checkpoint import save_checkpoint
-from grpo.config import Config
 from grpo.config_file import load_config, to_dict
 from grpo.data import make_dataset
-from grpo.denoise import denoise
-from grpo.model import GPT
-from grpo.noise import row_seeds
-from grpo.remasking import POLICIES
-from grpo.tokenizer import build_tokenizer
-from pipelines.evaluate import SHOWN, SWEPT, forwards, grid, main, quality_table, reward_columns
+from pipelines.evaluate import SHOWN, SWEPT, grid, main, quality_table, reward_columns
 from pipelines.tracking import Tracker
 from tests.test_measurements import settings
 
@@ -36,23 +30,6 @@ def test_the_grid_crosses_the_lists_and_keeps_what_is_not_listed():
 def test_a_grid_with_the_sampler_needs_its_head():
     with pytest.raises(ValueError, match="evaluation.sampler must be false unless model.sampler is true, got True"):
         grid(settings("evaluation.sampler=[true]", "model.sampler=false"))
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_forwards_are_those_that_denoising_takes(policy):
-    config = Config()
-    vocabulary = build_tokenizer("bytes").vocabulary
-    torch.manual_seed(0)
-    shape = replace(config.model, n_layer=1, n_head=2, n_embd=16)
-    model = GPT(shape, vocabulary, block_size=16).eval()
-    classifier = GPT(shape, vocabulary, mode="token_classifier", block_size=16).eval()
-    passes = []
-    for each in (model, classifier):
-        each.trunk.register_forward_hook(lambda *_: passes.append(1))
-    tokens = torch.full((3, 16), vocabulary.mask_id)
-    denoise(model, tokens, seeds=row_seeds(0, 1, 0, torch.arange(3)), steps=5, remasking=policy,
-            remasking_model=classifier if policy == "model" else None)
-    assert len(passes) == forwards(replace(config.denoise, steps=5), policy)
 
 
 def test_the_table_has_a_column_for_each_of_the_users_rewards(capsys):
