@@ -43,7 +43,15 @@ from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
 from pipelines.tracking import Tracker
 
-SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
+SHOWN = {
+    "judge_nll": "judge NLL",
+    "entropy": "entropy",
+    "distinct_4": "distinct-4",
+    "c2st": "C2ST",
+    "ngram_js": "n-gram JS",
+    "self_bleu": "self-BLEU",
+}
+"""Figures of every row, and their headings."""
 SWEPT = ("temperature", "top_p", "steps", "remasking", "sampler")
 """Keys of `evaluation` that are lists of values of the same keys of `denoise`."""
 
@@ -70,12 +78,11 @@ def asked_columns(row: dict[str, Any]) -> dict[str, str]:
 def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Print rows of measurements."""
     asked = asked_columns(next(iter(rows.values())))
-    columns = ["temperature", *SHOWN, "self_bleu", *asked, "tokens_per_s"]
-    named = ["judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS", "self-BLEU", *asked.values(), "tokens/s"]
+    columns = ["temperature", *SHOWN, *asked, "tokens_per_s"]
     summary_table(
         title,
         [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
-        ["text", "temperature", *named],
+        ["text", "temperature", *SHOWN.values(), *asked.values(), "tokens/s"],
     )
 
 
@@ -141,7 +148,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         tracker.figure("frontier", frontier_figure(rows, natural))
         tracker.figure("nfe", nfe_figure(rows, natural))
         tracker.artifact(folder / "summary.json")
-        figures = (*SHOWN, "self_bleu", *asked_columns(natural), "tokens_per_s")
+        figures = (*SHOWN, *asked_columns(natural), "tokens_per_s")
         for step, row in enumerate(rows):
             tracker.log({f"{row['model']}/{key}": row[key] for key in figures}, step)
         columns = ["model", *SWEPT, "nfe", *figures]

@@ -33,7 +33,7 @@ def test_a_grid_with_the_sampler_needs_its_head():
 
 
 def test_the_table_has_a_column_for_each_of_the_users_rewards(capsys):
-    figures = dict.fromkeys((*SHOWN, "self_bleu"), 0.5)
+    figures = dict.fromkeys(SHOWN, 0.5)
     quality_table("here", {"final": figures | {"rewards/a.score": 0.123, "rewards/b.other": 0.789}})
     heads = capsys.readouterr().out
     assert " score" in heads and " other" in heads and "0.123" in heads and "0.789" in heads
@@ -67,7 +67,7 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     assert set(summary["nelbo_bpb"]) == {"model", "base"}
     assert (tmp_path / "cache" / summary["judge"] / "manifest.json").exists()
     vowels = "rewards/grpo.example_rewards.vowel_share"
-    for key in (*SHOWN, "self_bleu", "c2st_ci95", vowels):
+    for key in (*SHOWN, "c2st_ci95", vowels):
         assert rows["model", 0.02, 2][key] == rows["base", 0.02, 2][key] and key in summary["natural"]
     table = json.loads((tmp_path / "runs" / "here" / "tables" / "settings.json").read_text())
     for step, row in enumerate(table["data"]):
