@@ -49,7 +49,7 @@ def judge_config(config: Config) -> Config:
 
 
 class Judge:
-    """Trains itself once, then scores texts. A plain class; the pipeline makes it a Ray actor."""
+    """The judge before its training. A plain class, used inside the task `fit_judge` and by benchmarks."""
 
     def __init__(self, config: Config, dataset: Dataset, *, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)

@@ -258,7 +258,8 @@ def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: 
                    judge: Callable[[Tensor], float], mask: Tensor | None = None, natural_mask: Tensor | None = None,
                    held_out_mask: Tensor | None = None, places: Tensor | None = None,
                    seed: int = 0) -> dict[str, object]:
-    """Every measure of one set of generated texts; a table's natural row passes other natural text as generated.
+    """Every measure of one set of generated texts; a table's natural row passes natural text as generated, beside other
+    natural text.
 
     Args:
         natural, generated: [B, T] int64, prompts included; only positions from `start` on are measured.
