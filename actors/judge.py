@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -57,13 +56,12 @@ class Judge:
         torch.manual_seed(SEED + 1)
         self.model = GPT(self.config.model, dataset.vocabulary, block_size=config.data.block_size).to(device)
 
-    def train(self, on_step: Callable[[int], None] = lambda step: None) -> GPT:
+    def train(self) -> GPT:
         """Train on the judge's split; returns the model."""
         settings = self.config.pretrain
         cursor = Cursor(self.dataset, "judge", settings.batch_size, self.config.data.block_size, SEED)
         trainer = Pretrainer(self.model, self.config, device=self.device)
         for step in range(settings.steps):
             trainer.step(step, cursor.batch(step))
-            on_step(step)
         self.model.eval()
         return self.model

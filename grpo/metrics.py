@@ -15,6 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_BINS = 15
+"""Of the calibration error, over [0, 1]."""
+
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     """The pair (sum of weights x values, sum of weights), detached.
@@ -88,20 +91,19 @@ def auroc(scores: Tensor, targets: Tensor) -> Tensor:
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
-def expected_calibration_error(probabilities: Tensor, targets: Tensor, *, num_bins: int = 15) -> Tensor:
+def expected_calibration_error(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Mean over equal-width bins, weighted by count, of |mean probability - frequency| (arXiv:1706.04599).
 
     Args:
         probabilities: [N] in [0, 1], predicted probability of the positive class.
         targets: [N] bool.
-        num_bins: bins over [0, 1].
 
     Returns:
         0-dimensional float64 in [0, 1].
     """
     probabilities = probabilities.double()
-    bins = (probabilities * num_bins).long().clamp(0, num_bins - 1)
-    gap = torch.zeros(num_bins, dtype=torch.float64, device=probabilities.device)
+    bins = (probabilities * _BINS).long().clamp(0, _BINS - 1)
+    gap = torch.zeros(_BINS, dtype=torch.float64, device=probabilities.device)
     gap.index_add_(0, bins, probabilities - targets.double())
     return gap.abs().sum() / probabilities.numel()
 

@@ -37,11 +37,12 @@ def test_auroc_of_perfect_reversed_and_one_sided_scores():
 
 
 def test_calibration_error_of_a_hand_worked_example():
-    # Bin [0.2, 0.4): 0.25 and 0.35, none true: too high by 0.6. Bin [0.8, 1]: 0.9, 1.0, 0.9, all true: too low by 0.2.
-    probabilities = torch.tensor([0.25, 0.35, 0.9, 1.0, 0.9])
-    targets = torch.tensor([False, False, True, True, True])
-    error = expected_calibration_error(probabilities, targets, num_bins=5)
-    assert error.item() == pytest.approx((0.6 + 0.2) / 5, abs=1e-7)
+    # Bin [3/15, 4/15): 0.21 and 0.25, one true: too low by 0.54. Bin [14/15, 1]: 0.95, 1.0, 0.95, one false: too
+    # high by 0.9. Bin [5/15, 6/15): 0.35, false.
+    probabilities = torch.tensor([0.21, 0.25, 0.95, 1.0, 0.95, 0.35])
+    targets = torch.tensor([False, True, True, True, False, False])
+    error = expected_calibration_error(probabilities, targets)
+    assert error.item() == pytest.approx((0.54 + 0.9 + 0.35) / 6, abs=1e-7)
 
 
 def test_bits_per_byte_of_uniform_bytes_is_eight():
