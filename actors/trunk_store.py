@@ -41,14 +41,14 @@ class Blueprint:
     reward: RewardSection
     gelu: str = "none"
 
-    def build(self, mode: str, *, lm_residual: int = 0) -> GPT:
+    def build(self, mode: str) -> GPT:
+        """A GPT of these shapes with initial weights; a generator's lm head is tied."""
         return GPT(
             self.model,
             self.vocabulary,
             mode=mode,
             block_size=self.block_size,
             reward=self.reward,
-            lm_residual=lm_residual,
             gelu=self.gelu,
         )
 
@@ -173,7 +173,7 @@ def mount(
         seed: of the adapters' first values.
     """
     with torch.device("meta"), _Undrawn():
-        model = blueprint.build(mode, lm_residual=lm_residual)
+        model = blueprint.build(mode)
         if mode == "generator":
             model.untie(lm_residual)
     model.trunk.load_state_dict(to_tensors(trunk), assign=True)

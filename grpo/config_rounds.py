@@ -95,7 +95,7 @@ class GrpoSection:
     """Collapse: where the policy's entropy falls below this share of the first round's, it goes back to the averaged
     policy and its learning rate is halved; 0: never."""
     policy_tokens: str = "auto"
-    """Proposals that are credited: `all`, `kept`, or `auto` (kept where discarded ones change nothing that is kept)."""
+    """Proposals that are credited: `all`, or `auto`: kept ones alone where discarded ones changed none of them."""
     policy_positions: bool = False
     """Credit re-mask choices as actions, by their Plackett-Luce probability, also under `confidence` and `critic`;
     under `self` they always are."""
@@ -166,7 +166,7 @@ class GrpoSection:
         )
         one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
-        one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
+        one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "all"))
         one_of("grpo.trainable", self.trainable, ("heads", "lora", "all"))
         one_of("grpo.trunk_dtype", self.trunk_dtype, ("float32", "bfloat16"))
         check(
