@@ -50,7 +50,15 @@ from grpo.run_checkpoints import find_checkpoint
 from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
-from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
+from pipelines.measurements import (
+    check_enough,
+    check_splits,
+    fit_judge,
+    judge_nll_gain,
+    load_scorer,
+    measure,
+    measure_natural,
+)
 from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
@@ -89,6 +97,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         ) as tracker:
             tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
+            gain = judge_nll_gain(rows)
             summary = {
                 "wall_s": time.monotonic() - started,
                 "rounds": config.grpo.rounds,
@@ -100,6 +109,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                     for row, figures in rows.items()
                 },
                 "nelbo_bpb": rows["final"]["nelbo_bpb"],
+                "judge_nll_gain": gain,
                 "mlflow_run_id": tracker.run_id,
             }
             write_json(folder / "summary.json", summary)
@@ -109,7 +119,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                     for row, figures in rows.items()
                     for key, value in figures.items()
                     if isinstance(value, float)
-                },
+                }
+                | ({} if gain is None else {"judge_nll_gain": gain}),
                 len(history),
             )
             tracker.table(
@@ -348,13 +359,18 @@ def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary
         f"{summary['wall_s']:.0f} s",
         rows,
     )
+    gain, matched = summary["judge_nll_gain"], rows["base_matched"]
+    at = f"at {'the nearest' if gain is None else 'the same'} token entropy"
     for key, name in reward_columns(rows["final"]).items():
-        print(f"{name} of the final model: {rows['final'][key]:.4g}; of its base {rows['base'][key]:.4g}, at the same "
-              f"token entropy {rows['base_matched'][key]:.4g}; of natural text {rows['natural'][key]:.4g}")
-    gain = rows["base_matched"]["judge_nll"] - rows["final"]["judge_nll"]
+        print(f"{name} of the final model: {rows['final'][key]:.4g}; of its base {rows['base'][key]:.4g}, {at} "
+              f"{matched[key]:.4g}; of natural text {rows['natural'][key]:.4g}")
+    if gain is None:
+        told = (f"not matched: the final model's token entropy is {rows['final']['entropy']:.3f} nats, the base's "
+                f"nearest {matched['entropy']:.3f} at temperature {matched['temperature']:.3g}")
+    else:
+        told = f"{abs(gain):.3f} nats per token {'better' if gain > 0 else 'worse'}"
     print(
-        f"judge NLL of the final model against its base at the same token entropy: {abs(gain):.3f} nats per token "
-        f"{'better' if gain > 0 else 'worse'}\n"
+        f"judge NLL of the final model against its base at the same token entropy: {told}\n"
         f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
         f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
         f"curves    mlflow ui --backend-store-uri {tracking_uri(config.tracking, folder.parent)}\n"

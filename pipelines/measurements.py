@@ -39,14 +39,15 @@ from pipelines.live_view import Recorder, token_pieces
 from pipelines.pretrain import alone
 
 VALIDATION_WINDOWS_SEED = 1
-FIGURES = (
-    "judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js", "temperature", "tokens_per_s", "nelbo_bpb",
-)
-"""All numbers of a generator's row."""
+OF_TEXT = ("judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js")
+FIGURES = (*OF_TEXT, "entropy_error", "temperature", "tokens_per_s", "nelbo_bpb")
+"""All numbers of a generator's row at a given token entropy."""
 SAMPLES_SHOWN = 8
 ROWS_AT_ONCE = 64
 ENTROPY_TOLERANCE = 0.003
-"""Relative; at the base's slope over temperatures, 0.02 nats of judge NLL."""
+"""Relative, at which the search ends; at the base's slope over temperatures, 0.02 nats of judge NLL."""
+EQUAL_ENTROPY = 0.01
+"""Relative, up to which token entropies are called the same."""
 
 
 def check_enough(config: Config, dataset: Path) -> None:
@@ -208,9 +209,10 @@ def measure(
     """The row of a generator, at `denoise.temperature` or at the temperature that gives a token entropy.
 
     Returns:
-        Figures, the temperature, tokens per second, and the first `SAMPLES_SHOWN` prompts and completions as text;
-        with `bound` also the NELBO, which is the model's and not the setting's; with `watched` how so many of the
-        texts came to be, as `denoising_figure` takes them.
+        Figures, the temperature, tokens per second, and the first `SAMPLES_SHOWN` prompts and completions as text; with
+        `match_entropy` also `entropy_error`, the nats by which the texts' lies above it; with `bound` also the NELBO,
+        which is the model's and not the setting's; with `watched` how so many of the texts came to be, as
+        `denoising_figure` takes them.
     """
     setting = Setting(config, dataset, judge, checkpoint, neighbors=neighbors)
     temperature = config.denoise.temperature
@@ -234,9 +236,24 @@ def measure(
         "tokens_per_s": tokens_per_s,
         "samples": samples,
     }
+    if match_entropy is not None:
+        row["entropy_error"] = row["entropy"] - match_entropy
     if watched:
         row["denoising"] = _watch(setting, temperature, watched)
     return row | _bound(setting) if bound else row
+
+
+def is_matched(row: dict[str, Any]) -> bool:
+    """Whether a row that was to match a token entropy does."""
+    return abs(row["entropy_error"]) <= EQUAL_ENTROPY * (row["entropy"] - row["entropy_error"])
+
+
+def judge_nll_gain(rows: dict[str, dict[str, Any]]) -> float | None:
+    """Judge NLL of the base less the final model's at the final model's token entropy, nats per token; None where the
+    base has no temperature that gives this entropy.
+    """
+    matched = rows["base_matched"]
+    return matched["judge_nll"] - rows["final"]["judge_nll"] if is_matched(matched) else None
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from grpo.config_file import load_config, to_dict
 from grpo.data import make_dataset, windows
 from grpo.example_rewards import balanced_brackets, vowel_share
 from grpo.model import GPT
+from grpo.text_quality import TEMPERATURES
 from grpo.tokenizer import build_tokenizer
 from pipelines.live_view import token_pieces
 from pipelines.measurements import (
@@ -20,6 +21,7 @@ from pipelines.measurements import (
     Setting,
     check_splits,
     fit_judge,
+    judge_nll_gain,
     load_scorer,
     measure,
     measure_natural,
@@ -171,3 +173,21 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
         check_splits(folder, DataSection(source="mine.txt"), "--base")
     with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
         check_splits(folder, replace(config.data, split_seed=3), "--base")
+
+
+def test_a_gain_is_told_only_at_equal_token_entropy():
+    rows = {"final": {"judge_nll": 2.0, "entropy": 2.0}}
+    for error, gain in ((0.0, 0.5), (-0.019, 0.5), (0.021, None), (-0.021, None)):
+        rows["base_matched"] = {"judge_nll": 2.5, "entropy": 2.0 + error, "entropy_error": error}
+        assert judge_nll_gain(rows) == gain
+
+
+def test_a_row_tells_how_far_it_is_from_the_entropy_to_match(tmp_path):
+    config = settings()
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
+    model = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size).eval()
+    save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
+    judge = fit_judge(config, dataset.folder)
+    row = measure(config, dataset.folder, judge, tmp_path / "model", 0.5, bound=False)
+    assert row["entropy_error"] == row["entropy"] - 0.5 > 0.1 and row["temperature"] == TEMPERATURES[0]
+    assert "entropy_error" not in measure(config, dataset.folder, judge, tmp_path / "model", bound=False)
