@@ -99,7 +99,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
             gain = judge_nll_gain(rows)
             summary = {
-                "wall_s": time.monotonic() - started,
+                "session_s": time.monotonic() - started,
                 "rounds": config.grpo.rounds,
                 "seed": config.run.seed,
                 "checkpoints": {"base": str(paths.base)},
@@ -356,7 +356,7 @@ def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary
     prompt, completion = max(rows["final"]["samples"], key=lambda sample: sum(map(str.isalpha, "".join(sample))))
     quality_table(
         f"{folder.name}: {config.denoise.steps} denoising steps, {config.evaluation.samples} texts, "
-        f"{summary['wall_s']:.0f} s",
+        f"{summary['session_s']:.0f} s",
         rows,
     )
     gain, matched = summary["judge_nll_gain"], rows["base_matched"]

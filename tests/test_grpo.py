@@ -89,7 +89,7 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     folder = output / "steady"
     written = json.loads((folder / "summary.json").read_text())
     for found in (summary, written):
-        assert {"wall_s", "nelbo_bpb", "judge_nll_gain", "mlflow_run_id", *ROWS} <= found.keys()
+        assert {"session_s", "nelbo_bpb", "judge_nll_gain", "mlflow_run_id", *ROWS} <= found.keys()
         assert found["rounds"] == ROUNDS
         for row in ROWS:
             assert FIGURES <= found[row].keys() and all(found[row][name] is not None for name in FIGURES)
@@ -183,13 +183,13 @@ def test_the_closing_lines_speak_of_the_users_reward_before_the_likelihood(confi
                "rewards/mine.score": 0.25}
     rows = {row: dict(figures) for row in ROWS}
     rows["final"]["rewards/mine.score"] = 0.75
-    _show(config, Path("runs/here"), rows, {"wall_s": 1.0, "judge_nll_gain": 0.125})
+    _show(config, Path("runs/here"), rows, {"session_s": 1.0, "judge_nll_gain": 0.125})
     told = capsys.readouterr().out
     assert "at the same token entropy: 0.125 nats per token better\n" in told
     line = "score of the final model: 0.75; of its base 0.25, at the same token entropy 0.25; of natural text 0.25"
     assert 0 < told.index(line) < told.index("judge NLL of the final model")
     rows["final"]["entropy"] = 2.75
-    _show(config, Path("runs/here"), rows, {"wall_s": 1.0, "judge_nll_gain": None})
+    _show(config, Path("runs/here"), rows, {"session_s": 1.0, "judge_nll_gain": None})
     told = capsys.readouterr().out
     assert "of its base 0.25, at the nearest token entropy 0.25; of natural text 0.25" in told
     assert ("at the same token entropy: not matched: the final model's token entropy is 2.750 nats, the base's nearest "

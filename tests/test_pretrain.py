@@ -245,7 +245,7 @@ def test_a_killed_run_started_again_is_bitwise_the_undisturbed_one(corpus, tmp_p
     for name in ("best", "checkpoints/step-00001200"):
         assert same_bits(tmp_path / "whole" / name, folder / name)
     summary = json.loads((folder / "summary.json").read_text())
-    assert {"params", "tokens_per_s", "val_nelbo_nats", "val_bpb", "wall_s"} <= summary.keys()
+    assert {"params", "tokens_per_s", "val_nelbo_nats", "val_bpb", "session_s"} <= summary.keys()
     assert yaml.safe_load((folder / "config.yaml").read_text())["pretrain"] == to_dict(config.pretrain)
     assert_tracked_once(tmp_path / "runs" / "mlflow.db", "hurt", range(10, 1201, 10))
 
