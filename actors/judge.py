@@ -4,7 +4,8 @@
    prompts and natural references (`validation`).
 2. It is one ruler for all runs on the same data: nothing but the data and `evaluation.judge_*` decides it. All else is
    the default of its section, and the seed is its own, so runs of other training settings or seeds can be compared.
-3. `grpo.text_quality.judge_nll` reads its likelihood of completions, given their prompts.
+3. One that knows the data less well than the generator says little about it; a run says so where that is the case.
+4. `grpo.text_quality.judge_nll` reads its likelihood of completions, given their prompts.
 """
 
 from __future__ import annotations

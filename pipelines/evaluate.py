@@ -37,7 +37,15 @@ from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, write_json
-from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
+from pipelines.measurements import (
+    check_enough,
+    check_splits,
+    fit_judge,
+    load_scorer,
+    measure,
+    measure_natural,
+    weak_judge,
+)
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
@@ -142,8 +150,10 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
         bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
+        if weak := weak_judge(natural["judge_bpb"], min(bounds.values())):
+            display.note(weak)
         summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "judge": judge.name,
-                   "nelbo_bpb": bounds, "natural": natural, "rows": rows}
+                   "weak_judge": weak, "nelbo_bpb": bounds, "natural": natural, "rows": rows}
         write_json(folder / "summary.json", summary)
         tracker.figure("frontier", frontier_figure(rows, natural))
         tracker.figure("nfe", nfe_figure(rows, natural))

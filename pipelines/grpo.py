@@ -58,6 +58,7 @@ from pipelines.measurements import (
     load_scorer,
     measure,
     measure_natural,
+    weak_judge,
 )
 from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
 from pipelines.prepare import prepare
@@ -104,6 +105,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 "seed": config.run.seed,
                 "checkpoints": {"base": str(paths.base)},
                 "judge": paths.judge.name,
+                "weak_judge": weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]),
                 **{
                     row: {key: value for key, value in figures.items() if key not in ("samples", "denoising")}
                     for row, figures in rows.items()
@@ -208,6 +210,8 @@ def _train_and_measure(
         "base": task(measure).remote(*what, paths.base, neighbors=2),
     }
     rows = dict(zip(before, ray.get(list(before.values())), strict=True))
+    if weak := weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]):
+        display.note(weak)
     with start_actors(config, paths) as job:
         tracking = replace(config.tracking, uri=tracker.uri)
         history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)

@@ -189,10 +189,21 @@ class Setting:
 
 
 def measure_natural(config: Config, dataset: Path, judge: Path, *, neighbors: int = 1) -> dict[str, Any]:
-    """The row of natural text: the true continuations, told apart from other natural text."""
+    """The row of natural text: the true continuations, told apart from other natural text; and `judge_bpb`, the judge's
+    own bits per byte, beside which a generator's bound may stand.
+    """
     setting = Setting(config, dataset, judge, None, neighbors=neighbors)
     places = torch.stack([setting.other_places, setting.places])
-    return setting.report(setting.natural.tokens, setting.other, places)
+    report = setting.report(setting.natural.tokens, setting.other, places)
+    return report | {"judge_bpb": _bits_per_byte(setting, setting.judge)}
+
+
+def weak_judge(judge_bpb: float, bound: float) -> str:
+    """A line that says so where the judge knows the data less well than a generator with this bound; else nothing."""
+    if judge_bpb <= bound:
+        return ""
+    return (f"the judge knows the data less well ({judge_bpb:.3f} bits/byte) than the generator ({bound:.3f} at most): "
+            "evaluation.judge_steps, evaluation.judge_layers and evaluation.judge_width make it a better one")
 
 
 def measure(
@@ -240,7 +251,7 @@ def measure(
         row["entropy_error"] = row["entropy"] - match_entropy
     if watched:
         row["denoising"] = _watch(setting, temperature, watched)
-    return row | _bound(setting) if bound else row
+    return row | {"nelbo_bpb": _bits_per_byte(setting, setting.model)} if bound else row
 
 
 def is_matched(row: dict[str, Any]) -> bool:
@@ -283,10 +294,10 @@ def _watch(setting: Setting, temperature: float, num: int) -> list[dict[str, Any
     ]
 
 
-def _bound(setting: Setting) -> dict[str, float]:
-    """NELBO of the model, nats per token and bits per byte."""
+def _bits_per_byte(setting: Setting, model: GPT) -> float:
+    """NELBO of a model (causal: its exact likelihood) on validation text."""
     config = setting.config
     num = min(config.pretrain.eval_rows, config.evaluation.samples)
     rows = windows(setting.data, "validation", num, config.data.block_size, VALIDATION_WINDOWS_SEED)
-    figures = validation_bound(setting.model, rows.to(setting.device), setting.data.bytes_per_token("validation"))
-    return {"nelbo_bpb": figures["val_bpb"]}
+    figures = validation_bound(model, rows.to(setting.device), setting.data.bytes_per_token("validation"))
+    return figures["val_bpb"]

@@ -65,6 +65,7 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
     assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))
     assert set(summary["nelbo_bpb"]) == {"model", "base"}
+    assert bool(summary["weak_judge"]) == (summary["natural"]["judge_bpb"] > min(summary["nelbo_bpb"].values()))
     assert (tmp_path / "cache" / summary["judge"] / "manifest.json").exists()
     vowels = "rewards/grpo.example_rewards.vowel_share"
     for key in (*SHOWN, "c2st_ci95", vowels):

@@ -99,6 +99,7 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     assert Path(written["checkpoints"]["base"]) == next((output / "cache").glob("base-*")) / "best"
     assert written["base"]["temperature"] == 1.0 and written["natural"]["judge_nll"] < written["base"]["judge_nll"]
     assert logged(output, written["mlflow_run_id"], f"final/{VOWELS}") == [ROUNDS + WARMUP]
+    assert bool(written["weak_judge"]) == (written["natural"]["judge_bpb"] > written["base"]["nelbo_bpb"])
     error, entropy = (written[row][name] for row, name in (("base_matched", "entropy_error"), ("final", "entropy")))
     assert (written["judge_nll_gain"] is not None) == (abs(error) <= 0.01 * entropy)
     gained = logged(output, written["mlflow_run_id"], "judge_nll_gain")

@@ -1,3 +1,4 @@
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from actors.judge import Judge
+from actors.pretrainer import causal_nll
 from grpo.checkpoint import load_model, save_checkpoint
 from grpo.config import DataSection
 from grpo.config_file import load_config, to_dict
@@ -25,6 +27,7 @@ from pipelines.measurements import (
     load_scorer,
     measure,
     measure_natural,
+    weak_judge,
 )
 
 torch.set_num_threads(1)
@@ -173,6 +176,19 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
         check_splits(folder, DataSection(source="mine.txt"), "--base")
     with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
         check_splits(folder, replace(config.data, split_seed=3), "--base")
+
+
+def test_a_judge_that_knows_the_data_less_well_than_the_generator_is_told(tmp_path):
+    config = settings()
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
+    judge = fit_judge(config, dataset.folder)
+    rows = windows(dataset, "validation", 8, 32, VALIDATION_WINDOWS_SEED)
+    nats, _ = causal_nll(load_model(judge).eval(), rows)
+    found = measure_natural(config, dataset.folder, judge)["judge_bpb"]
+    assert found == pytest.approx(float(nats) / math.log(2), rel=1e-6)  # a token is a byte
+    assert weak_judge(found, found) == "" and weak_judge(2.25, 2.0) == (
+        "the judge knows the data less well (2.250 bits/byte) than the generator (2.000 at most): "
+        "evaluation.judge_steps, evaluation.judge_layers and evaluation.judge_width make it a better one")
 
 
 def test_a_gain_is_told_only_at_equal_token_entropy():
