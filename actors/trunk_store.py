@@ -128,14 +128,17 @@ class Tenant:
     model: GPT
 
     def place(self) -> tuple[str, ...]:
+        """Node id and the node's ids of the GPUs that this actor may use."""
         import ray
 
         return (ray.get_runtime_context().get_node_id(), *map(str, ray.get_gpu_ids()))
 
     def lend(self) -> dict[str, Tensor]:
+        """The trunk's tensors, on the GPU."""
         return dict(self.model.trunk.state_dict())
 
     def borrow(self, trunk: dict[str, Tensor]) -> None:
+        """Work on another actor's tensors; the own copy is freed."""
         self.model.trunk.load_state_dict(trunk, assign=True)
         self.model.freeze_trunk()
         torch.cuda.empty_cache()  # what the own copy took

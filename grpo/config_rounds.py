@@ -15,6 +15,8 @@ REMASKING_POLICIES = ("auto", "model", "critic", "self", "confidence", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseSection:
+    """How a generator writes."""
+
     steps: int = 4
     """S, denoising steps (trunk forwards that propose tokens)."""
     schedule: str = "linear"
@@ -50,6 +52,8 @@ class DenoiseSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoSection:
+    """Adversarial rounds: groups, advantages, loss, limits of the policy, ranks and actors."""
+
     base: str = ""
     """Checkpoint of the base generator; empty: pretrain one first, cached by config hash."""
     rounds: int = 60
@@ -220,6 +224,8 @@ class GrpoSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
+    """The discriminator: what it reads, its head, its training."""
+
     layers: tuple[int, ...] = (-1,)
     """Trunk layers whose hidden states the reward head reads; -1 is the normed output, k the output of block k."""
     masked_passes: int = 2
@@ -305,6 +311,8 @@ class RewardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
+    """What is measured, on how much text, by which judge."""
+
     samples: int = 512
     """Texts per evaluated setting, and natural ones beside them."""
     judge_steps: int = 500
@@ -354,6 +362,8 @@ class EvaluationSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSection:
+    """MLflow."""
+
     uri: str = ""
     """MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else a SQLite store in run.output."""
     experiment: str = "grpo"

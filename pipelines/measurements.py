@@ -26,7 +26,7 @@ from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, to_dict
 from grpo.config_model import check
-from grpo.data import Batch, open_dataset, window_places, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, Batch, open_dataset, window_places, windows
 from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
@@ -36,9 +36,8 @@ from grpo.text_quality import judge_nll, quality_report, temperature_matching_en
 from grpo.tokenizer import Tokenizer
 from pipelines.launch import worker_threads
 from pipelines.live_view import Recorder, token_pieces
-from pipelines.pretrain import alone
+from pipelines.run_folder import alone
 
-VALIDATION_WINDOWS_SEED = 1
 OF_TEXT = ("judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js")
 FIGURES = (*OF_TEXT, "entropy_error", "temperature", "tokens_per_s", "nelbo_bpb")
 """All numbers of a generator's row at a given token entropy."""
