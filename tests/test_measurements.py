@@ -15,7 +15,6 @@ from grpo.config_file import load_config, to_dict
 from grpo.data import VALIDATION_WINDOWS_SEED, make_dataset, windows
 from grpo.example_rewards import balanced_brackets, vowel_share
 from grpo.model import GPT
-from grpo.text_quality import TEMPERATURES
 from grpo.tokenizer import build_tokenizer
 from pipelines.live_view import token_pieces
 from pipelines.measurements import (
@@ -200,9 +199,10 @@ def test_a_gain_is_told_only_at_equal_token_entropy():
 def test_a_row_tells_how_far_it_is_from_the_entropy_to_match(tmp_path):
     config = settings()
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
+    torch.manual_seed(0)
     model = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size).eval()
     save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
     judge = fit_judge(config, dataset.folder)
     row = measure(config, dataset.folder, judge, tmp_path / "model", 0.5, bound=False)
-    assert row["entropy_error"] == row["entropy"] - 0.5 > 0.1 and row["temperature"] == TEMPERATURES[0]
+    assert row["entropy_error"] == row["entropy"] - 0.5 > 0.1 and row["temperature"] < 1
     assert "entropy_error" not in measure(config, dataset.folder, judge, tmp_path / "model", bound=False)
