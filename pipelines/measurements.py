@@ -26,7 +26,7 @@ from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, to_dict
 from grpo.config_model import check
-from grpo.data import VALIDATION_WINDOWS_SEED, Batch, open_dataset, window_places, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, Batch, completion_mask, open_dataset, window_places, windows
 from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
@@ -116,9 +116,7 @@ class Setting:
         self.natural = windows(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         self.places = window_places(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         other = windows(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)
-        self.other, self.held_out = (
-            Batch(other.tokens[rows], other.attention_mask[rows]) for rows in (slice(num), slice(num, None))
-        )
+        self.other, self.held_out = other[:num], other[num:]
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
         self.rewards = resolve_rewards(config.grpo.rewards)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,7 +134,7 @@ class Setting:
         """[B, T] completions of the first `num` evaluation prompts, or of all; `on_step` as in `denoise`."""
         return complete(
             self.model,
-            Batch(self.natural.tokens[:num], self.natural.attention_mask[:num]),
+            self.natural[:num],
             replace(self.config.denoise, temperature=temperature),
             prompt_tokens=self.start,
             seed=self.config.run.seed,
@@ -173,7 +171,7 @@ class Setting:
         if self.scorer is None:
             return {}
         mask = self.natural.attention_mask
-        completion = mask & (torch.arange(mask.shape[1]) >= self.start)
+        completion = completion_mask(mask, self.start)
         parts = (part.to(self.device).split(ROWS_AT_ONCE) for part in (texts, mask, completion))
         score = self.scorer.heads["scorer"]
         scores = [score(self.scorer.encode(tokens, seen), own) for tokens, seen, own in zip(*parts, strict=True)]
