@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.pretrainer import CRITIC_STREAM, VALIDATION_SEED, Pretrainer, rows_at_once
+from actors.pretrainer import CRITIC_STREAM, VALIDATION_SEED, Pretrainer, validation_parts
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_into, load_model
 from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import from_dict
 from grpo.corruption import mask_only, stratified_rows
 from grpo.critic import fill_masks
-from grpo.data import Batch
+from grpo.data import Batch, completion_mask
 from grpo.denoise import denoise
 from grpo.mask_bias import saved_bias
 from grpo.metrics import auroc, weighted_sum
@@ -63,8 +63,8 @@ class Teacher:
     ) -> Tensor:
         """[B, T] the rows' first `grpo.prompt_tokens` tokens, and what the teacher denoises after them."""
         settings = config.denoise
-        after = torch.arange(tokens.shape[1], device=tokens.device) >= config.grpo.prompt_tokens
-        blank = tokens.masked_fill(after & attention_mask, self.model.vocabulary.mask_id)
+        completion = completion_mask(attention_mask, config.grpo.prompt_tokens)
+        blank = tokens.masked_fill(completion, self.model.vocabulary.mask_id)
         return denoise(
             self.model,
             blank,
@@ -133,10 +133,10 @@ class TokenClassifier(Pretrainer):
         self.model.eval()
         rows = rows.to(self.device)
         logits, wrong = [], []
-        for part in torch.arange(len(rows.tokens), device=self.device).split(rows_at_once(self.teacher.model, rows)):
-            seeds, times = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, part, len(rows.tokens))
-            mask = rows.attention_mask[part]
-            filled, mistakes = self.teacher.fill(rows.tokens[part], mask, seeds, times)
+        for index, part in validation_parts(self.teacher.model, rows):
+            seeds, times = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, index, len(rows.tokens))
+            mask = part.attention_mask
+            filled, mistakes = self.teacher.fill(part.tokens, mask, seeds, times)
             logits.append(self.model(filled, attention_mask=mask)[mask].float())
             wrong.append(mistakes[mask])
         scores, truth = torch.cat(logits), torch.cat(wrong)
@@ -178,8 +178,8 @@ class SequenceScorer(Pretrainer):
     def _texts(self, tokens: Tensor, attention_mask: Tensor, rows: Tensor, seeds: Tensor) -> Texts:
         natural = rows % 2 == 0
         written = self.teacher.continue_(tokens, attention_mask, seeds, self.config, self.remasking_model)
-        after = torch.arange(tokens.shape[1], device=tokens.device) >= self.config.grpo.prompt_tokens
-        return Texts(torch.where(natural[:, None], tokens, written), attention_mask, attention_mask & after, natural)
+        completion = completion_mask(attention_mask, self.config.grpo.prompt_tokens)
+        return Texts(torch.where(natural[:, None], tokens, written), attention_mask, completion, natural)
 
     def counts(self, step: int, example: Texts) -> Tensor:
         """[1] texts."""
@@ -204,9 +204,9 @@ class SequenceScorer(Pretrainer):
         self.model.eval()
         rows = rows.to(self.device)
         logits, natural = [], []
-        for part in torch.arange(len(rows.tokens), device=self.device).split(rows_at_once(self.teacher.model, rows)):
-            seeds, _ = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, part, len(rows.tokens))
-            texts = self._texts(rows.tokens[part], rows.attention_mask[part], part, seeds)
+        for index, part in validation_parts(self.teacher.model, rows):
+            seeds, _ = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, index, len(rows.tokens))
+            texts = self._texts(part.tokens, part.attention_mask, index, seeds)
             logits.append(self._logits(texts))
             natural.append(texts.natural)
         scores, truth = torch.cat(logits), torch.cat(natural)

@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.phase import accumulate
 from actors.reward import Scores
 from grpo.config import GrpoSection
-from grpo.metrics import weighted_sum
+from grpo.metrics import accumulate, weighted_sum
 from grpo.policy_loss import equal_groups, group_advantages, temperature_direction
 from grpo.reward_functions import reward_figure
 from grpo.reward_loss import dense_rewards, log_odds

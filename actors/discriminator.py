@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from actors.phase import Phase, accumulate, check_finite, reduced_means, with_prefix
+from actors.phase import Phase, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, to_arrays
 from grpo.config import Config
-from grpo.data import Batch
-from grpo.metrics import weighted_sum
+from grpo.data import Batch, completion_mask
+from grpo.metrics import accumulate, reduced_means, weighted_sum
 from grpo.model import GPT
-from grpo.optim import clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
+from grpo.optim import check_finite, clip_parts, flat_state, load_flat_state, make_optimizer, trainable_parts
 from grpo.reward_loss import discriminator_loss, log_odds, reward_steps, told_apart
 from grpo.trajectory import Rollout
 
@@ -87,13 +87,11 @@ class Discriminator:
     @torch.no_grad()
     def natural_features(self, natural: Batch) -> Tensor:
         """[b, T - P, F] features of this rank's natural rows; computed while the actors roll out."""
-        mask = natural.attention_mask.to(self.device)
-        completion = mask.clone()
-        completion[:, : self.config.grpo.prompt_tokens] = False
-        features = self.model.reward_features(
-            natural.tokens.to(self.device), completion, None if bool(mask.all()) else mask
-        )
-        return features[:, self.config.grpo.prompt_tokens :]
+        natural, prompt_tokens = natural.to(self.device), self.config.grpo.prompt_tokens
+        mask = natural.attention_mask
+        completion = completion_mask(mask, prompt_tokens)
+        features = self.model.reward_features(natural.tokens, completion, None if bool(mask.all()) else mask)
+        return features[:, prompt_tokens:]
 
     def remember(
         self, round: int, rollouts: list[Rollout], scores: list[Scores], natural: Batch, features: Tensor

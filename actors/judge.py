@@ -4,12 +4,12 @@
    prompts and natural references (`validation`).
 2. It is one ruler for all runs on the same data: nothing but the data and `evaluation.judge_*` decides it. All else is
    the default of its section, and the seed is its own, so runs of other training settings or seeds can be compared.
-3. `grpo.text_quality.judge_nll` reads its likelihood of completions, given their prompts.
+3. One that knows the data less well than the generator says little about it; a run says so where that is the case.
+4. `grpo.text_quality.judge_nll` reads its likelihood of completions, given their prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -49,7 +49,7 @@ def judge_config(config: Config) -> Config:
 
 
 class Judge:
-    """Trains itself once, then scores texts. A plain class; the pipeline makes it a Ray actor."""
+    """The judge before its training. A plain class, used inside the task `fit_judge` and by benchmarks."""
 
     def __init__(self, config: Config, dataset: Dataset, *, threads: int, device: str = "cpu") -> None:
         torch.set_num_threads(threads)
@@ -57,13 +57,12 @@ class Judge:
         torch.manual_seed(SEED + 1)
         self.model = GPT(self.config.model, dataset.vocabulary, block_size=config.data.block_size).to(device)
 
-    def train(self, on_step: Callable[[int], None] = lambda step: None) -> GPT:
+    def train(self) -> GPT:
         """Train on the judge's split; returns the model."""
         settings = self.config.pretrain
         cursor = Cursor(self.dataset, "judge", settings.batch_size, self.config.data.block_size, SEED)
         trainer = Pretrainer(self.model, self.config, device=self.device)
         for step in range(settings.steps):
             trainer.step(step, cursor.batch(step))
-            on_step(step)
         self.model.eval()
         return self.model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from actors.credit import action_credits
 from actors.discriminator import Discriminator, NoDiscriminator
-from actors.phase import Phase, accumulate, accumulating, check_finite, objective, reduced_means, with_prefix
+from actors.phase import Phase, accumulating, objective, with_prefix
 from actors.reward import Scores
 from actors.trunk_store import Arrays, Blueprint, attach, mount, own_heads, to_arrays
 from grpo.actions import credited_tokens, credits_positions, most_actions
@@ -29,10 +29,11 @@ from grpo.corruption import stratified_rows
 from grpo.data import Batch
 from grpo.lora import Trainable, load_policy_state, policy_state, trainable_modules
 from grpo.mask_bias import MaskBias
-from grpo.metrics import weighted_sum
+from grpo.metrics import accumulate, reduced_means, weighted_sum
 from grpo.multitask import BEYOND_RAMPS, corrupt_batch, counts, multitask_loss, stage
 from grpo.optim import (
     Parts,
+    check_finite,
     clip_parts,
     flat_state,
     load_flat_state,

@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from grpo.critic import fill_masks
 from grpo.data import Batch
 from grpo.diffusion_loss import nelbo, next_token_counted, ratio_with_error
 from grpo.mask_bias import MaskBias
-from grpo.metrics import auroc, bits_per_byte, expected_calibration_error, means, merge_sums, pack_sums, unpack_sums
+from grpo.metrics import auroc, bits_per_byte, expected_calibration_error, means, merge_sums, reduced_means
 from grpo.model import GPT, MODES, text_logits
 from grpo.multitask import BEYOND_RAMPS, Objective, Stage, corrupt_batch, counts, multitask_loss, stage
 from grpo.noise import row_seeds
@@ -172,7 +172,7 @@ class Pretrainer:
 
     def read(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means over ranks of accumulated pairs, and the controller's state; here alone the host waits."""
-        values = means(unpack_sums(sums, self.all_reduce(pack_sums(sums))))
+        values = reduced_means(sums, self.all_reduce)
         if "p_mask_unmask" in sums:
             values |= {
                 "mask_bias": float(self.mask_bias.bias),
@@ -211,6 +211,12 @@ def rows_at_once(model: GPT, rows: Batch) -> int:
     return max(1, min(VALIDATION_ROWS, VALIDATION_LOGITS // (rows.tokens.shape[1] * model.vocabulary.size)))
 
 
+def validation_parts(model: GPT, rows: Batch) -> Iterator[tuple[Tensor, Batch]]:
+    """As many rows after the other as a validation holds at once: their indices, and the rows."""
+    for index in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
+        yield index, rows[index]
+
+
 @torch.no_grad()
 def validation_bound(model: GPT, rows: Batch, bytes_per_token: float) -> dict[str, float]:
     """NELBO (causal: exact negative log-likelihood) of fixed rows, nats per token, its error, and bits per byte."""
@@ -236,8 +242,8 @@ def validation_bound(model: GPT, rows: Batch, bytes_per_token: float) -> dict[st
 def causal_nll(model: GPT, rows: Batch) -> tuple[Tensor, Tensor]:
     """Mean next-token loss of a causal model over fixed rows, nats per predicted token, and its standard error."""
     nats, num = [], []
-    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
-        tokens, mask = rows.tokens[part], rows.attention_mask[part]
+    for _, part in validation_parts(model, rows):
+        tokens, mask = part.tokens, part.attention_mask
         logprobs = text_logits(model(tokens, attention_mask=mask), model.vocabulary)[:, :-1].float().log_softmax(-1)
         counted = next_token_counted(mask)
         chosen = logprobs.gather(-1, tokens[:, 1:].masked_fill(~counted, 0)[..., None]).squeeze(-1)
@@ -251,10 +257,9 @@ def objective_parts(model: GPT, objective: Objective, stage: Stage, rows: Batch)
     objective = replace(objective, corruption=replace(objective.corruption, own_predictions=0.0))
     totals = torch.ones(3, device=rows.tokens.device)  # the total is not read
     sums: dict[str, Tensor] = {}
-    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
-        seeds, times = stratified_rows(VALIDATION_SEED, OBJECTIVE_STREAM, 0, part, len(rows.tokens))
-        tokens, mask = rows.tokens[part], rows.attention_mask[part]
-        corrupted = corrupt_batch(model, objective, stage, tokens, mask, seeds=seeds, times=times)
+    for index, part in validation_parts(model, rows):
+        seeds, times = stratified_rows(VALIDATION_SEED, OBJECTIVE_STREAM, 0, index, len(rows.tokens))
+        corrupted = corrupt_batch(model, objective, stage, part.tokens, part.attention_mask, seeds=seeds, times=times)
         _, metrics = multitask_loss(model, objective, stage, corrupted, seeds=seeds, totals=totals, mask_bias=0.0)
         sums = merge_sums(sums, metrics)
     return {f"val_{name}": value for name, value in means(sums).items() if name.startswith(("loss_", "p_mask_"))}
@@ -263,15 +268,14 @@ def objective_parts(model: GPT, objective: Objective, stage: Stage, rows: Batch)
 def critic_quality(model: GPT, rows: Batch) -> dict[str, float]:
     """AUROC and calibration error of the critic on the model's own sampled fills of fixed rows."""
     scores, wrong = [], []
-    for part in torch.arange(len(rows.tokens), device=rows.tokens.device).split(rows_at_once(model, rows)):
-        seeds, times = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, part, len(rows.tokens))
-        mask = rows.attention_mask[part]
-        vocabulary = model.vocabulary
-        blank = mask_only(rows.tokens[part], vocabulary=vocabulary, attention_mask=mask, seeds=seeds, times=times)
+    for index, part in validation_parts(model, rows):
+        seeds, times = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, index, len(rows.tokens))
+        mask, vocabulary = part.attention_mask, model.vocabulary
+        blank = mask_only(part.tokens, vocabulary=vocabulary, attention_mask=mask, seeds=seeds, times=times)
         logits = model(blank.inputs, attention_mask=mask)
         filled = fill_masks(blank.inputs, logits, vocabulary=vocabulary, seeds=seeds)
         scores.append(model.critic_scores(filled, mask)[blank.masked])
-        wrong.append((filled != rows.tokens[part])[blank.masked])
+        wrong.append((filled != part.tokens)[blank.masked])
     logits, truth = torch.cat(scores), torch.cat(wrong)
     return {
         "critic_auroc": float(auroc(logits, truth)),

@@ -31,8 +31,6 @@ class Scores:
     """[B, T] log-odds of natural per token."""
     features: Tensor | None
     """[B, T, F] frozen states that the head reads."""
-    version: int
-    """Version of the reward head that scored."""
     users: dict[str, Tensor] = field(default_factory=dict)
     """[B] scores by the user's functions, by `module:function`."""
 
@@ -72,7 +70,7 @@ class Reward(Tenant):
         """
         users = score_texts(self.functions, self._completions(rollout)) if self.functions else {}
         if self.model is None:
-            return Scores(logits=None, token_logits=None, features=None, version=version, users=users)
+            return Scores(logits=None, token_logits=None, features=None, users=users)
         if version != self.version:
             load_heads(self.model, heads)
             self.version = version
@@ -84,7 +82,6 @@ class Reward(Tenant):
             logits=output.logits.cpu(),
             token_logits=output.token_logits.cpu(),
             features=features.cpu(),
-            version=version,
             users=users,
         )
 

@@ -95,7 +95,7 @@ class Adversary:
         """Roll out, score, generator phase, reward phase."""
         learner, grpo = self.learner, self.config.grpo
         natural = self.natural.batch(round)
-        prompts = Batch(natural.tokens[:: grpo.group_size], natural.attention_mask[:: grpo.group_size])
+        prompts = natural[:: grpo.group_size]
         rollout = self.generator.roll_out(
             self.heads,
             learner.version,

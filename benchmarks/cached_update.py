@@ -36,7 +36,6 @@ from benchmarks.adversarial import Adversary
 from benchmarks.models import configure, dataset_of, parse, print_table, summarise
 from benchmarks.peak_memory import PeakMemory
 from grpo.config import Config
-from grpo.data import Batch
 from grpo.lora import Trainable, train_below_heads
 from grpo.model import GPT
 from grpo.replay import action_values, split
@@ -52,7 +51,7 @@ class Round:
         base = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size).eval()
         self.world = Adversary(config, dataset, base)
         natural = self.world.natural.batch(0)
-        self.prompts = Batch(natural.tokens[:: grpo.group_size], natural.attention_mask[:: grpo.group_size])
+        self.prompts = natural[:: grpo.group_size]
         self.cached, self.replayed = self.roll_out(False), self.roll_out(True)
         self.scores = self.world.reward.score(self.world.scoring, 0, self.cached)
         self.start = {name: value.clone() for name, value in self.learner.model.heads.state_dict().items()}

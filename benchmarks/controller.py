@@ -36,8 +36,8 @@ from benchmarks.tables import spread
 from grpo.config import MaskBiasSection
 from grpo.corruption import Corrupted, corrupt, ramp, stratified_rows
 from grpo.diffusion_loss import corrective_denominator, corrective_loss
-from grpo.mask_bias import MaskBias, overshoot, settle_index
-from grpo.metrics import means
+from grpo.mask_bias import MaskBias
+from grpo.metrics import means, overshoot, settle_index
 from grpo.tokenizer import Vocabulary
 
 TOLERANCE = 0.02

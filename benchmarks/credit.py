@@ -36,7 +36,7 @@ from torch import Tensor
 
 from actors.reward import Scores
 from benchmarks.adversarial import Adversary
-from grpo.data import Batch, Dataset
+from grpo.data import Dataset
 from grpo.policy_loss import group_advantages, temperature_direction
 from grpo.reward_loss import dense_rewards
 from grpo.trajectory import Rollout, policy_log_probs
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     grpo, found = config.grpo, {}
     for round in range(warmup, warmup + rounds):
         rows = adversary.natural.batch(round)
-        prompts = Batch(rows.tokens[:: grpo.group_size], rows.attention_mask[:: grpo.group_size])
+        prompts = rows[:: grpo.group_size]
         rollout = adversary.generator.roll_out(
             adversary.heads, 0, 0.0, round, torch.arange(grpo.prompts), prompts.tokens, prompts.attention_mask
         )

@@ -43,10 +43,12 @@ from grpo.critic import fill_masks
 from grpo.data import Batch
 from grpo.metrics import auroc, expected_calibration_error
 from grpo.model import GPT
+from grpo.remasking import forwards, steps_within
 from grpo.text_quality import token_entropy
 from grpo.wavefront import wavefront_fill
 
 N = 8
+FEW_AND_MANY = (steps_within("critic", N), N)
 SEED = 20_000_004
 
 
@@ -89,10 +91,10 @@ def guided_sampling(model: GPT, texts: Texts) -> dict[str, dict[str, float]]:
 
     def row(policy: str, steps: int, randomness: float) -> dict[str, float]:
         write = lambda heat: texts.write(model, policy, steps, temperature=heat, randomness=randomness)  # noqa: E731
-        return {"forwards": steps if policy == "random" else 2 * steps - 1, **texts.at_entropy(write, target)}
+        return {"forwards": forwards(policy, steps), **texts.at_entropy(write, target)}
 
     plans = [("random", N, 1.0), ("random", 2 * N, 1.0)]
-    plans += [("critic", steps, randomness) for steps in ((N + 1) // 2, N) for randomness in (0.5, 0.8)]
+    plans += [("critic", steps, randomness) for steps in FEW_AND_MANY for randomness in (0.5, 0.8)]
     return {f"{policy}, {steps} steps, r={randomness}": row(policy, steps, randomness)
             for policy, steps, randomness in plans}
 
@@ -114,7 +116,7 @@ def main() -> None:
         ceiling = table["own trunk, filled at once"]["auroc"]
         plain = guided[f"random, {2 * N} steps, r=1.0"]["judge_nll"]
         few, many = (min(row["judge_nll"] for name, row in guided.items() if name.startswith(f"critic, {steps} "))
-                     for steps in ((N + 1) // 2, N))
+                     for steps in FEW_AND_MANY)
         runs.append({
             "auroc": critic["auroc"], "ece": critic["ece"], "auroc_ceiling": ceiling,
             "auroc_share_of_ceiling": critic["auroc"] / ceiling, "auroc_wavefront": wave["auroc"],

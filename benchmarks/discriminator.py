@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, seed: int, dataset: Dataset, base: GPT, ov
         accuracy += metrics["reward_accuracy"] / 2 if round >= warmup else 0
     grpo, round = config.grpo, warmup + 2
     rows = adversary.natural.batch(round)
-    prompts = Batch(rows.tokens[:: grpo.group_size], rows.attention_mask[:: grpo.group_size])
+    prompts = rows[:: grpo.group_size]
     rollout = adversary.generator.roll_out(
         adversary.heads, 0, 0.0, round, torch.arange(grpo.prompts), prompts.tokens, prompts.attention_mask
     )

@@ -103,7 +103,7 @@ def one_round(args: argparse.Namespace, seed: int, small: bool) -> dict[str, flo
 
     for round in range(3 if small or args.quick else 6):
         natural = world.natural.batch(round)
-        first = Batch(natural.tokens[::size], natural.attention_mask[::size])
+        first = natural[::size]
 
         def roll_out(round: int = round, first: Batch = first) -> None:
             state.rollout = world.generator.roll_out(

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     rows, steps = windows(dataset, "validation", 2 * config.evaluation.samples, BLOCK, 1), config.denoise.steps
     natural = sentences(dataset, rows)
     half = config.evaluation.samples
-    prompts = Batch(rows.tokens[:half], rows.attention_mask[:half])
+    prompts = rows[:half]
 
     def measure(model: GPT, steps: int) -> dict[str, float]:
         return figures(args.grammar, sentences(dataset, write(config, model, prompts, steps)), natural[half:])

@@ -34,7 +34,7 @@ from benchmarks.cached_update import Round
 from benchmarks.models import TINY, dataset_of
 from benchmarks.speed import alternate, copy_rate, ratio, run, seconds
 from grpo.config_file import load_config
-from grpo.data import Cursor
+from grpo.data import Cursor, completion_mask
 from pipelines.launch import quiet, start_ray
 
 SIZES = ["model.n_layer=4", "model.n_embd=128", "grpo.prompts=16", "grpo.num_iterations=4"]
@@ -44,8 +44,7 @@ def recompute(discriminator: Discriminator, texts: int) -> None:
     """Features of as many texts as the reward phase's batches hold in 8 steps."""
     newest = discriminator.buffer[-1]
     tokens, mask = newest.tokens.flatten(0, 1), newest.attention_mask.flatten(0, 1)
-    completion = mask.clone()
-    completion[:, : discriminator.config.grpo.prompt_tokens] = False
+    completion = completion_mask(mask, discriminator.config.grpo.prompt_tokens)
     chosen = torch.arange(texts) % len(tokens)
     for _ in range(8):
         with torch.no_grad():

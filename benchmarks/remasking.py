@@ -37,16 +37,11 @@ from benchmarks.models import (
 
 # isort: split
 from grpo.model import GPT
-from grpo.remasking import FRESH_ONLY, POLICIES
+from grpo.remasking import POLICIES, steps_within
 from grpo.text_quality import token_entropy
 
 FORWARDS = 8
 Rows = dict[str, dict[str, float]]
-
-
-def steps_within(policy: str, forwards: int) -> int:
-    """Denoising steps that this many trunk forwards pay for."""
-    return forwards if policy in FRESH_ONLY else (forwards + 1) // 2
 
 
 def measure(texts: Texts, model: GPT, policy: str, target: float, **settings: object) -> dict[str, float]:

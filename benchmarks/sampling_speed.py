@@ -30,11 +30,11 @@ from grpo.config import ModelSection
 from grpo.denoise import denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
+from grpo.remasking import forwards
 from grpo.tokenizer import Vocabulary
 
 COLUMNS = 256
 POLICIES = ("random", "confidence", "self", "critic", "model", "wavefront")
-LOOKS_AGAIN = ("self", "critic", "model")
 
 
 def make(seed: int, mode: str = "generator") -> GPT:
@@ -67,7 +67,7 @@ def naive(model: GPT, tokens: Tensor, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def forwards(model: GPT, tokens: Tensor, num: int) -> None:
+def read(model: GPT, tokens: Tensor, num: int) -> None:
     for _ in range(num):
         model.encode(tokens)
 
@@ -88,9 +88,9 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, float]:
                 return denoise(model, tokens, seeds=seeds, steps=steps, remasking=remasking, randomness=0.5,
                                sampler=sampler, remasking_model=judge if remasking == "model" else None)
 
-            num = steps + (steps - 1) * (policy in LOOKS_AGAIN)
+            num = forwards(remasking, steps)
             turns = max(1, min(15, 400 // (rows * num)))
-            times = alternate({"denoise": ours, "forwards": lambda n=num, t=tokens: forwards(model, t, n)}, turns,
+            times = alternate({"denoise": ours, "forwards": lambda n=num, t=tokens: read(model, t, n)}, turns,
                               warm=int(turns > 1))
             overhead = ratio(times["denoise"], times["forwards"]) - 1
             overheads[sampler].append(overhead)

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo.autoregress import generate
 from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
-from grpo.data import Batch
+from grpo.data import Batch, completion_mask
 from grpo.denoise import StepRecord, denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
@@ -63,10 +63,9 @@ def complete(
     seeds = row_seeds(seed, EVALUATION_STREAM, 0, torch.arange(len(prompts.tokens)))
     out = []
     for part in torch.arange(len(prompts.tokens)).split(batch_size):
-        visible = prompts.attention_mask[part].to(device)
-        completion = visible.clone()
-        completion[:, :prompt_tokens] = False
-        tokens = prompts.tokens[part].to(device)
+        rows = prompts[part].to(device)
+        tokens, visible = rows.tokens, rows.attention_mask
+        completion = completion_mask(visible, prompt_tokens)
         mask = None if bool(visible.all()) else visible
         if model.trunk.causal:
             new = generate(

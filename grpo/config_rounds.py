@@ -238,7 +238,7 @@ class RewardSection:
     hidden: int = 128
     """Width of the reward head's hidden layers; 256 gains no more (docs/findings.md)."""
     loss: str = "bce"
-    """`mse` on softmax (the source design), `bce` on logits with soft targets, or `bradley_terry`."""
+    """`mse` on softmax, `bce` on logits with soft targets, or `bradley_terry`."""
     signal: str = "log_odds"
     """Reward of the generator: `probability` P(natural), or `log_odds`, which does not saturate."""
     learning_rate: float = 1e-3

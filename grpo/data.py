@@ -48,6 +48,14 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.tokens.to(device, non_blocking=True), self.attention_mask.to(device, non_blocking=True))
 
+    def __getitem__(self, rows: slice | Tensor) -> Batch:
+        return Batch(self.tokens[rows], self.attention_mask[rows])
+
+
+def completion_mask(attention_mask: Tensor, prompt_tokens: int) -> Tensor:
+    """[B, T] bool: real tokens after the prompt."""
+    return attention_mask & (torch.arange(attention_mask.shape[1], device=attention_mask.device) >= prompt_tokens)
+
 
 @dataclass(frozen=True)
 class Split:

@@ -16,7 +16,7 @@ gradient of the whole. (DistributedDataParallel divides by the number of ranks: 
 3. The keep weight is a discount, and e = 1 alone is free of bias. Where visible words are wrong with probability r, and
    cannot be told apart, minimising gives P(MASK) = r at e = 1 but r / (1 - r) at e = 0: readier to take words back.
 4. With `applies_to="sampling"` the loss, its discount included, does not depend on the bias; only the measured P(MASK)
-   does. With "loss" (the source design) the cross-entropy sees the biased logits.
+   does. With "loss" the cross-entropy sees the biased logits.
 5. Corrective log-probabilities are over words and [MASK]; MDLM, next-token and NELBO ones over words alone. Pad and the
    vocabulary's padding are in none.
 6. Metrics are (sum, count) pairs, see `grpo/metrics.py`. All P(MASK) metrics include the bias: what a sampler sees.

@@ -61,8 +61,12 @@ def reward_features(
     """
     if not masked_passes:
         return trunk(tokens, attention_mask, layers)
-    predictions = _causal_predictions if trunk.causal else _masked_predictions
-    visible, predicted = predictions(trunk, vocabulary, tokens, completion_mask, attention_mask, layers, masked_passes)
+    if trunk.causal:
+        visible, predicted = _causal_predictions(trunk, tokens, completion_mask, attention_mask, layers)
+    else:
+        visible, predicted = _masked_predictions(
+            trunk, vocabulary, tokens, completion_mask, attention_mask, layers, masked_passes
+        )
     ids, scalars = tokens.clamp(max=vocabulary.base_size - 1), []
     for rows in slices(len(tokens), tokens.shape[1] * vocabulary.base_size, LOGITS_AT_ONCE[tokens.device.type]):
         logprobs = linear(predicted[rows], trunk.wte.weight[: vocabulary.base_size]).float().log_softmax(-1)
@@ -74,8 +78,7 @@ def reward_features(
 
 
 def _causal_predictions(
-    trunk: nn.Module, vocabulary: Vocabulary, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None,
-    layers: tuple[int, ...], masked_passes: int,
+    trunk: nn.Module, tokens: Tensor, completion_mask: Tensor, attention_mask: Tensor | None, layers: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     states = trunk(tokens, attention_mask, (*layers, -1))
     visible, last = states.split([trunk.wte.embedding_dim * len(layers), trunk.wte.embedding_dim], -1)

@@ -59,20 +59,6 @@ def mask_log_odds(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
     return logits[..., vocabulary.mask_id] - logits[..., : vocabulary.base_size].logsumexp(-1)
 
 
-def settle_index(signal: Tensor, target: float, tolerance: float) -> int | None:
-    """First index from which [n] readings of the signal stay within the tolerance to the end; None: they never do."""
-    outside = (signal - target).abs() > tolerance
-    first = int(outside.nonzero().max()) + 1 if outside.any() else 0
-    return first if first < len(signal) else None
-
-
-def overshoot(signal: Tensor, target: float) -> float:
-    """How far [n] readings of the signal pass the target, seen from the side where they stood furthest from it."""
-    error = signal - target
-    furthest = error.abs().argmax()
-    return max(0.0, float((error[furthest:] * -error[furthest].sign()).max()))
-
-
 class MaskBias:
     """The controller's state; `bias` is what losses and samplers add to the [MASK] logit."""
 

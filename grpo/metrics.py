@@ -1,4 +1,4 @@
-"""Measurements: sums that can be merged and all-reduced, AUROC, calibration error, bits per byte.
+"""Measurements: sums that can be merged and all-reduced, AUROC, calibration error, bits per byte, settling of a signal.
 
 1. A metric is a pair (weighted sum, weight) in one float64 tensor of shape [2]. Pairs add over micro-batches, steps
    and ranks, and are divided once, when somebody reads them; a mean of means would weigh unequal parts equally.
@@ -10,9 +10,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_BINS = 15
+"""Of the calibration error, over [0, 1]."""
 
 
 def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
@@ -33,6 +37,11 @@ def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
 def merge_sums(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add two dictionaries of pairs; a name that one of them lacks counts as (0, 0)."""
     return {**left, **{name: left[name] + pair if name in left else pair for name, pair in right.items()}}
+
+
+def accumulate(sums: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add pairs to those gathered so far, in place."""
+    sums.update(merge_sums(sums, part))
 
 
 def pack_sums(sums: dict[str, Tensor]) -> Tensor:
@@ -58,6 +67,11 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     return {name: total / weight for name, (total, weight) in rows if weight != 0}
 
 
+def reduced_means(sums: dict[str, Tensor], all_reduce: Callable[..., Tensor]) -> dict[str, float]:
+    """Means of pairs over all ranks."""
+    return means(unpack_sums(sums, all_reduce(pack_sums(sums)))) if sums else {}
+
+
 def auroc(scores: Tensor, targets: Tensor) -> Tensor:
     """P(score of a positive > score of a negative) + half of P(tie).
 
@@ -77,20 +91,19 @@ def auroc(scores: Tensor, targets: Tensor) -> Tensor:
     return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
-def expected_calibration_error(probabilities: Tensor, targets: Tensor, *, num_bins: int = 15) -> Tensor:
+def expected_calibration_error(probabilities: Tensor, targets: Tensor) -> Tensor:
     """Mean over equal-width bins, weighted by count, of |mean probability - frequency| (arXiv:1706.04599).
 
     Args:
         probabilities: [N] in [0, 1], predicted probability of the positive class.
         targets: [N] bool.
-        num_bins: bins over [0, 1].
 
     Returns:
         0-dimensional float64 in [0, 1].
     """
     probabilities = probabilities.double()
-    bins = (probabilities * num_bins).long().clamp(0, num_bins - 1)
-    gap = torch.zeros(num_bins, dtype=torch.float64, device=probabilities.device)
+    bins = (probabilities * _BINS).long().clamp(0, _BINS - 1)
+    gap = torch.zeros(_BINS, dtype=torch.float64, device=probabilities.device)
     gap.index_add_(0, bins, probabilities - targets.double())
     return gap.abs().sum() / probabilities.numel()
 
@@ -98,3 +111,17 @@ def expected_calibration_error(probabilities: Tensor, targets: Tensor, *, num_bi
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Convert nats per token into bits per byte of text."""
     return nats_per_token / math.log(2) / bytes_per_token
+
+
+def settle_index(signal: Tensor, target: float, tolerance: float) -> int | None:
+    """First index from which [n] readings of the signal stay within the tolerance to the end; None: they never do."""
+    outside = (signal - target).abs() > tolerance
+    first = int(outside.nonzero().max()) + 1 if outside.any() else 0
+    return first if first < len(signal) else None
+
+
+def overshoot(signal: Tensor, target: float) -> float:
+    """How far [n] readings of the signal pass the target, seen from the side where they stood furthest from it."""
+    error = signal - target
+    furthest = error.abs().argmax()
+    return max(0.0, float((error[furthest:] * -error[furthest].sign()).max()))

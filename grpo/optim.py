@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 Parts = dict[str, list[nn.Parameter]]
+BETAS = (0.9, 0.95)
+FLOOR = 0.1
+"""Share of the peak learning rate at which the cosine ends."""
 
 
 def trainable_parts(modules: dict[str, nn.Module | Iterable[nn.Parameter]]) -> Parts:
@@ -27,9 +30,7 @@ def trainable_parts(modules: dict[str, nn.Module | Iterable[nn.Parameter]]) -> P
     return {name: parameters for name, parameters in parts.items() if parameters}
 
 
-def make_optimizer(
-    parts: Parts, *, learning_rate: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)
-) -> torch.optim.AdamW:
+def make_optimizer(parts: Parts, *, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101), fused, with two groups per part: decayed matrices and undecayed vectors."""
     groups = []
     for name, parameters in parts.items():
@@ -39,7 +40,7 @@ def make_optimizer(
         ):
             if members:
                 groups.append({"params": members, "weight_decay": decay, "part": name})
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True)
 
 
 def clip_parts(parts: Parts, max_norm: float) -> dict[str, Tensor]:
@@ -52,12 +53,23 @@ def clip_parts(parts: Parts, max_norm: float) -> dict[str, Tensor]:
     return norms
 
 
-def cosine_learning_rate(step: int, *, peak: float, warmup: int, steps: int, floor: float = 0.1) -> float:
-    """Linear warm-up over `warmup` steps, then a cosine to `floor` x peak at `steps`."""
+def check_finite(norms: dict[str, Tensor], phase: str) -> None:
+    """Stop before a gradient that is not finite reaches the weights.
+
+    Raises:
+        FloatingPointError: names phase and part.
+    """
+    for name, norm in norms.items():
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{phase}: the gradient of {name} is not finite")
+
+
+def cosine_learning_rate(step: int, *, peak: float, warmup: int, steps: int) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine to `FLOOR` x peak at `steps`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

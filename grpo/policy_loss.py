@@ -51,8 +51,7 @@ def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: 
 
 def equal_groups(rewards: Tensor) -> Tensor:
     """Number of groups of equal rewards, which contribute nothing. rewards: [N, G] or [N, G, T]."""
-    same = (rewards.amax(1) == rewards.amin(1)).flatten(1) if rewards.dim() > 2 else rewards.amax(1) == rewards.amin(1)
-    return (same.all(1) if same.dim() > 1 else same).sum()
+    return (rewards == rewards[:, :1]).flatten(1).all(1).sum()
 
 
 def action_weights(

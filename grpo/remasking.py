@@ -105,6 +105,16 @@ FRESH_ONLY = ("confidence", "random")
 """Policies that take back only tokens filled in the same step; the others may take back any unprotected token."""
 
 
+def forwards(policy: str, steps: int) -> int:
+    """Trunk passes over a text: a policy that reads the filled text takes a second one in all steps but the last."""
+    return steps if policy in FRESH_ONLY else 2 * steps - 1
+
+
+def steps_within(policy: str, num_forwards: int) -> int:
+    """Most denoising steps that this many trunk passes pay for."""
+    return num_forwards if policy in FRESH_ONLY else (num_forwards + 1) // 2
+
+
 def resolve_policy(remasking: str, model: GPT, remasking_model: GPT | None) -> str:
     """The policy that is named, or for `auto` the first that the model has.
 

@@ -4,8 +4,8 @@ The reward head reads a text's frozen features and returns two pooled logits (na
 natural per token. Sources: LSGAN's squared error for `mse`, cross-entropy with soft labels, Bradley-Terry for pairs;
 dense rewards after ScratchGAN (arXiv:1905.09922).
 
-1. `mse` on softmax is the source design; its gradient vanishes where the head is confidently wrong, so cross-entropy
-   on logits is the default.
+1. The gradient of `mse` on softmax vanishes where the head is confidently wrong, so cross-entropy on logits is the
+   default.
 2. The per-token output is trained on the same label as its text. Averaged over a text it is a discriminator by
    itself; token by token it says where the text gives itself away, which a parallel generator needs to learn from.
 3. Only completion tokens are scored: prompts are the same on both sides. A text without any has no say.

@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grpo.sliced_loss import LOGITS_AT_ONCE
+from grpo.slices import slices
+
 
 def _ngrams(tokens: Tensor, n: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Ids and rows of all n-grams that hold real tokens only.
@@ -185,8 +188,8 @@ def _logistic_scores(train: Tensor, test: Tensor, labels: Tensor) -> Tensor:
     return test @ weights + bias
 
 
-def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0, mask: Tensor | None = None,
-         places: Tensor | None = None) -> tuple[float, tuple[float, float]]:
+def c2st(natural: Tensor, generated: Tensor, *, places: Tensor,
+         mask: Tensor | None = None) -> tuple[float, tuple[float, float]]:
     """Accuracy of a fresh classifier at telling generated from natural text; 0.5 is indistinguishable.
 
     The classifier is logistic regression on n-gram counts, wherever in the text they stand. Texts are split in halves;
@@ -194,9 +197,8 @@ def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0, mask: Tensor | No
 
     Args:
         natural, generated: [B, T] int64 completions of one shape, B >= 4. mask: [B, T] bool, shared, or None.
-        seed: of the split, where there are no places.
         places: [B] int64, where in the corpus each pair stands, or [2, B] where natural and generated texts have their
-            own; the halves are then those of the corpus, so that the two sides share next to no document.
+            own; the halves are those of the corpus, so that the two sides share next to no document.
 
     Returns:
         accuracy over all 2B texts, and its 95 % interval (Wilson, of the sampling of test texts).
@@ -209,8 +211,6 @@ def c2st(natural: Tensor, generated: Tensor, *, seed: int = 0, mask: Tensor | No
     both_mask = None if mask is None else torch.cat([mask, mask])
     kernel = sum(weight * _ngram_kernel(both, n, both_mask) for n, weight in _ORDER_WEIGHTS.items()
                  if n <= both.shape[1])
-    if places is None:
-        places = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
     second = (places.expand(2, -1).argsort().argsort() >= B // 2).flatten().to(both.device)
     is_natural = torch.arange(2 * B, device=both.device) < B
     correct = 0
@@ -230,21 +230,21 @@ def _wilson(successes: int, trials: int) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor | None = None,
-              batch_size: int = 64) -> float:
+def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor | None = None) -> float:
     """Negative log-likelihood, nats per token, of positions from `start` on under a causal model that sees the prompt.
 
-    Special ids are outside the softmax, as they are outside sampling. Rows are moved to the model's device.
+    Special ids are outside the softmax, as they are outside sampling. Rows are moved to the model's device, as many at
+    once as their logits leave room for.
 
     Args:
         model: causal `GPT`; `model(tokens)` are logits [B, T, V] of the next token.
         tokens: [B, T] int64, prompt and completion. start: first position that counts, at least 1.
     """
     device, total, count = next(model.parameters()).device, 0.0, 0
-    for first in range(0, len(tokens), batch_size):
-        rows = tokens[first: first + batch_size].to(device)
+    for part in slices(len(tokens), tokens.shape[1] * model.vocabulary.size, LOGITS_AT_ONCE[device.type]):
+        rows = tokens[part].to(device)
         logits_BTV = model(rows)[:, start - 1: -1, : model.vocabulary.base_size].float()
-        real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask[first: first + batch_size].to(device)
+        real = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask[part].to(device)
         nll = F.cross_entropy(logits_BTV[real[:, start:]], rows[:, start:][real[:, start:]], reduction="none")
         total += nll.double().sum().item()
         count += nll.numel()
@@ -252,26 +252,26 @@ def judge_nll(model: torch.nn.Module, tokens: Tensor, start: int, mask: Tensor |
 
 
 def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: Tensor,
-                   judge: Callable[[Tensor], float], mask: Tensor | None = None, natural_mask: Tensor | None = None,
-                   held_out_mask: Tensor | None = None, places: Tensor | None = None,
-                   seed: int = 0) -> dict[str, object]:
-    """Every measure of one set of generated texts; a table's natural row passes other natural text as generated.
+                   judge: Callable[[Tensor], float], places: Tensor, mask: Tensor | None = None,
+                   natural_mask: Tensor | None = None, held_out_mask: Tensor | None = None) -> dict[str, object]:
+    """Every measure of one set of generated texts; a table's natural row passes natural text as generated, beside other
+    natural text.
 
     Args:
         natural, generated: [B, T] int64, prompts included; only positions from `start` on are measured.
         held_out: [B', T'] int64, text for n-gram frequencies that is in neither.
         judge: nats per completion token of whole rows [B, T] (`judge_nll` of an independent model).
+        places: [B] or [2, B] int64, where in the corpus the texts stand (see `c2st`).
         mask: [B, T] bool, of generated, or None; natural_mask: of natural where that is another. They are told apart
             where both are real.
         held_out_mask: [B', T'] bool, or None.
-        places: [B] or [2, B] int64, where in the corpus the texts stand, or None (see `c2st`).
 
     Returns:
         judge_nll, entropy, distinct_4, self_bleu, c2st, c2st_ci95 ([low, high]) and ngram_js; all fit for JSON.
     """
     texts, real = generated[:, start:], None if mask is None else mask[:, start:]
     both = real if natural_mask is None else natural_mask[:, start:] if real is None else natural_mask[:, start:] & real
-    accuracy, interval = c2st(natural[:, start:], texts, seed=seed, mask=both, places=places)
+    accuracy, interval = c2st(natural[:, start:], texts, places=places, mask=both)
     return {
         "judge_nll": judge(generated),
         "entropy": token_entropy(texts, real),
@@ -283,6 +283,10 @@ def quality_report(natural: Tensor, generated: Tensor, *, start: int, held_out: 
     }
 
 
+TEMPERATURES = (0.2, 2.0)
+"""Between which a match of token entropies is looked for."""
+
+
 class MatchedTemperature(NamedTuple):
     temperature: float
     entropy: float
@@ -290,12 +294,12 @@ class MatchedTemperature(NamedTuple):
 
 
 def temperature_matching_entropy(generate_at: Callable[[float], Tensor], target_entropy: float, *,
-                                 mask: Tensor | None = None, tolerance: float = 0.01, low: float = 0.2,
-                                 high: float = 2.0, max_calls: int = 12) -> MatchedTemperature:
+                                 mask: Tensor | None = None, tolerance: float = 0.01,
+                                 max_calls: int = 12) -> MatchedTemperature:
     """The temperature at which generated text has the token entropy of another model's text.
 
     Bisection whose first guess is temperature 1 and whose later ones are interpolated, kept off the bracket's ends by a
-    tenth of its width. Without a temperature in [low, high] that matches, the nearest one tried is returned; compare
+    tenth of its width. Without a temperature in `TEMPERATURES` that matches, the nearest one tried is returned; compare
     `entropy` with the target.
 
     Args:
@@ -306,8 +310,8 @@ def temperature_matching_entropy(generate_at: Callable[[float], Tensor], target_
     Returns:
         temperature, entropy there, and the completions.
     """
-    left, at_left, right, at_right = low, None, high, None  # the bracket, and the entropy at ends that were tried
-    guess, best = min(max(1.0, low), high), None
+    (low, high), at_left, at_right = TEMPERATURES, None, None  # entropies at the bracket's ends, once they were tried
+    left, right, guess, best = low, high, 1.0, None
     for _ in range(max_calls):
         tokens = generate_at(guess)
         entropy = token_entropy(tokens, mask)

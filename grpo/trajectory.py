@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grpo.autoregress import generate
 from grpo.config import DenoiseSection
+from grpo.data import completion_mask
 from grpo.denoise import StepRecord, denoise
 from grpo.metrics import weighted_sum
 from grpo.model import GPT
@@ -180,8 +181,7 @@ def roll_out(
     """
     tokens = prompts.repeat_interleave(group_size, 0)
     visible = attention_mask.repeat_interleave(group_size, 0)
-    completion = visible.clone()
-    completion[:, :prompt_tokens] = False
+    completion = completion_mask(visible, prompt_tokens)
     mask = None if bool(attention_mask.all()) else visible
     records: list[StepRecord] = []
     inputs = waves = None

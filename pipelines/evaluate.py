@@ -32,19 +32,35 @@ from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
 from grpo.data import open_dataset
-from grpo.remasking import FRESH_ONLY, resolve_policy
+from grpo.remasking import forwards, resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import frontier_figure, nfe_figure
 from pipelines.launch import checkpoint_config, launch, start_ray
-from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
+from pipelines.measurements import (
+    check_enough,
+    check_splits,
+    fit_judge,
+    load_scorer,
+    measure,
+    measure_natural,
+    weak_judge,
+)
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
 from pipelines.run_folder import run_folder, write_json
 from pipelines.tracking import Tracker
 
-SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")
+SHOWN = {
+    "judge_nll": "judge NLL",
+    "entropy": "entropy",
+    "distinct_4": "distinct-4",
+    "c2st": "C2ST",
+    "ngram_js": "n-gram JS",
+    "self_bleu": "self-BLEU",
+}
+"""Figures of every row, and their headings."""
 SWEPT = ("temperature", "top_p", "steps", "remasking", "sampler")
 """Keys of `evaluation` that are lists of values of the same keys of `denoise`."""
 
@@ -55,11 +71,6 @@ def grid(config: Config) -> list[DenoiseSection]:
     check(config.model.sampler or not wavefront, "evaluation.sampler", "false unless model.sampler is true", wavefront)
     lists = [getattr(config.evaluation, key) or (getattr(config.denoise, key),) for key in SWEPT]
     return [replace(config.denoise, **dict(zip(SWEPT, values, strict=True))) for values in itertools.product(*lists)]
-
-
-def forwards(settings: DenoiseSection, policy: str) -> int:
-    """Trunk passes over a text; a policy that reads the filled text takes a second one in all steps but the last."""
-    return settings.steps if policy in FRESH_ONLY else 2 * settings.steps - 1
 
 
 def reward_columns(row: dict[str, Any]) -> dict[str, str]:
@@ -76,12 +87,11 @@ def asked_columns(row: dict[str, Any]) -> dict[str, str]:
 def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     """Print rows of measurements."""
     asked = asked_columns(next(iter(rows.values())))
-    columns = ["temperature", *SHOWN, "self_bleu", *asked, "tokens_per_s"]
-    named = ["judge NLL", "entropy", "distinct-4", "C2ST", "n-gram JS", "self-BLEU", *asked.values(), "tokens/s"]
+    columns = ["temperature", *SHOWN, *asked, "tokens_per_s"]
     summary_table(
         title,
         [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
-        ["text", "temperature", *named],
+        ["text", "temperature", *SHOWN.values(), *asked.values(), "tokens/s"],
     )
 
 
@@ -114,7 +124,7 @@ def measure_grid(
         policy = "none" if causal else resolve_policy(denoise.remasking, models[name], load_remasking_model(denoise))
         what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
         length = config.data.block_size - config.grpo.prompt_tokens
-        rows.append({"model": name, **what, "nfe": length if causal else forwards(denoise, policy), **done[task]})
+        rows.append({"model": name, **what, "nfe": length if causal else forwards(policy, denoise.steps), **done[task]})
     return ray.get(natural), rows
 
 
@@ -141,13 +151,15 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
         bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
+        if weak := weak_judge(natural["judge_bpb"], min(bounds.values())):
+            display.note(weak)
         summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "judge": judge.name,
-                   "nelbo_bpb": bounds, "natural": natural, "rows": rows}
+                   "weak_judge": weak, "nelbo_bpb": bounds, "natural": natural, "rows": rows}
         write_json(folder / "summary.json", summary)
         tracker.figure("frontier", frontier_figure(rows, natural))
         tracker.figure("nfe", nfe_figure(rows, natural))
         tracker.artifact(folder / "summary.json")
-        figures = (*SHOWN, "self_bleu", *asked_columns(natural), "tokens_per_s")
+        figures = (*SHOWN, *asked_columns(natural), "tokens_per_s")
         for step, row in enumerate(rows):
             tracker.log({f"{row['model']}/{key}": row[key] for key in figures}, step)
         columns = ["model", *SWEPT, "nfe", *figures]

@@ -50,7 +50,16 @@ from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.fit import fit
 from pipelines.launch import launch, start_ray, worker_threads
-from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
+from pipelines.measurements import (
+    check_enough,
+    check_splits,
+    fit_judge,
+    judge_nll_gain,
+    load_scorer,
+    measure,
+    measure_natural,
+    weak_judge,
+)
 from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
@@ -89,17 +98,20 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         ) as tracker:
             tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
+            gain = judge_nll_gain(rows)
             summary = {
-                "wall_s": time.monotonic() - started,
+                "session_s": time.monotonic() - started,
                 "rounds": config.grpo.rounds,
                 "seed": config.run.seed,
                 "checkpoints": {"base": str(paths.base)},
                 "judge": paths.judge.name,
+                "weak_judge": weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]),
                 **{
                     row: {key: value for key, value in figures.items() if key not in ("samples", "denoising")}
                     for row, figures in rows.items()
                 },
                 "nelbo_bpb": rows["final"]["nelbo_bpb"],
+                "judge_nll_gain": gain,
                 "mlflow_run_id": tracker.run_id,
             }
             write_json(folder / "summary.json", summary)
@@ -109,7 +121,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                     for row, figures in rows.items()
                     for key, value in figures.items()
                     if isinstance(value, float)
-                },
+                }
+                | ({} if gain is None else {"judge_nll_gain": gain}),
                 len(history),
             )
             tracker.table(
@@ -197,6 +210,8 @@ def _train_and_measure(
         "base": task(measure).remote(*what, paths.base, neighbors=2),
     }
     rows = dict(zip(before, ray.get(list(before.values())), strict=True))
+    if weak := weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]):
+        display.note(weak)
     with start_actors(config, paths) as job:
         tracking = replace(config.tracking, uri=tracker.uri)
         history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
@@ -315,16 +330,21 @@ def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary
     prompt, completion = max(rows["final"]["samples"], key=lambda sample: sum(map(str.isalpha, "".join(sample))))
     quality_table(
         f"{folder.name}: {config.denoise.steps} denoising steps, {config.evaluation.samples} texts, "
-        f"{summary['wall_s']:.0f} s",
+        f"{summary['session_s']:.0f} s",
         rows,
     )
+    gain, matched = summary["judge_nll_gain"], rows["base_matched"]
+    at = f"at {'the nearest' if gain is None else 'the same'} token entropy"
     for key, name in reward_columns(rows["final"]).items():
-        print(f"{name} of the final model: {rows['final'][key]:.4g}; of its base {rows['base'][key]:.4g}, at the same "
-              f"token entropy {rows['base_matched'][key]:.4g}; of natural text {rows['natural'][key]:.4g}")
-    gain = rows["base_matched"]["judge_nll"] - rows["final"]["judge_nll"]
+        print(f"{name} of the final model: {rows['final'][key]:.4g}; of its base {rows['base'][key]:.4g}, {at} "
+              f"{matched[key]:.4g}; of natural text {rows['natural'][key]:.4g}")
+    if gain is None:
+        told = (f"not matched: the final model's token entropy is {rows['final']['entropy']:.3f} nats, the base's "
+                f"nearest {matched['entropy']:.3f} at temperature {matched['temperature']:.3g}")
+    else:
+        told = f"{abs(gain):.3f} nats per token {'better' if gain > 0 else 'worse'}"
     print(
-        f"judge NLL of the final model against its base at the same token entropy: {abs(gain):.3f} nats per token "
-        f"{'better' if gain > 0 else 'worse'}\n"
+        f"judge NLL of the final model against its base at the same token entropy: {told}\n"
         f"a sample  {json.dumps(prompt)} -> {json.dumps(completion)}\n"
         f"model     {folder / 'final'}\nsummary   {folder / 'summary.json'}\n"
         f"curves    mlflow ui --backend-store-uri {tracking_uri(config.tracking, folder.parent)}\n"

@@ -26,7 +26,7 @@ from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, to_dict
 from grpo.config_model import check
-from grpo.data import VALIDATION_WINDOWS_SEED, Batch, open_dataset, window_places, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, Batch, completion_mask, open_dataset, window_places, windows
 from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
@@ -36,15 +36,17 @@ from grpo.text_quality import judge_nll, quality_report, temperature_matching_en
 from grpo.tokenizer import Tokenizer
 from pipelines.launch import worker_threads
 from pipelines.live_view import Recorder, token_pieces
+from pipelines.run_folder import alone
 
-FIGURES = (
-    "judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js", "temperature", "tokens_per_s", "nelbo_bpb",
-)
-"""All numbers of a generator's row."""
+OF_TEXT = ("judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js")
+FIGURES = (*OF_TEXT, "entropy_error", "temperature", "tokens_per_s", "nelbo_bpb")
+"""All numbers of a generator's row at a given token entropy."""
 SAMPLES_SHOWN = 8
 ROWS_AT_ONCE = 64
 ENTROPY_TOLERANCE = 0.003
-"""Relative; at the base's slope over temperatures, 0.02 nats of judge NLL."""
+"""Relative, at which the search ends; at the base's slope over temperatures, 0.02 nats of judge NLL."""
+EQUAL_ENTROPY = 0.01
+"""Relative, up to which token entropies are called the same."""
 
 
 def check_enough(config: Config, dataset: Path) -> None:
@@ -55,16 +57,19 @@ def check_enough(config: Config, dataset: Path) -> None:
 
 
 def fit_judge(config: Config, dataset: Path) -> Path:
-    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task."""
+    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task; where
+    several runs start together, one trains it and the others wait.
+    """
     wanted = judge_config(config)
     decides = config_hash(dataset.name, wanted.model, wanted.pretrain, wanted.run.seed)
     folder = dataset.parent / f"judge-{decides}"
-    try:
-        verify_checkpoint(folder)
-    except ValueError:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2), device=device)
-        save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
+    with alone(dataset.parent / f"{folder.name}.lock"):  # the folder itself is replaced
+        try:
+            verify_checkpoint(folder)
+        except ValueError:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2), device=device)
+            save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
     return folder
 
 
@@ -111,9 +116,7 @@ class Setting:
         self.natural = windows(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         self.places = window_places(self.data, "validation", num, block, VALIDATION_WINDOWS_SEED)
         other = windows(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)
-        self.other, self.held_out = (
-            Batch(other.tokens[rows], other.attention_mask[rows]) for rows in (slice(num), slice(num, None))
-        )
+        self.other, self.held_out = other[:num], other[num:]
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
         self.rewards = resolve_rewards(config.grpo.rewards)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,7 +134,7 @@ class Setting:
         """[B, T] completions of the first `num` evaluation prompts, or of all; `on_step` as in `denoise`."""
         return complete(
             self.model,
-            Batch(self.natural.tokens[:num], self.natural.attention_mask[:num]),
+            self.natural[:num],
             replace(self.config.denoise, temperature=temperature),
             prompt_tokens=self.start,
             seed=self.config.run.seed,
@@ -168,7 +171,7 @@ class Setting:
         if self.scorer is None:
             return {}
         mask = self.natural.attention_mask
-        completion = mask & (torch.arange(mask.shape[1]) >= self.start)
+        completion = completion_mask(mask, self.start)
         parts = (part.to(self.device).split(ROWS_AT_ONCE) for part in (texts, mask, completion))
         score = self.scorer.heads["scorer"]
         scores = [score(self.scorer.encode(tokens, seen), own) for tokens, seen, own in zip(*parts, strict=True)]
@@ -183,10 +186,21 @@ class Setting:
 
 
 def measure_natural(config: Config, dataset: Path, judge: Path, *, neighbors: int = 1) -> dict[str, Any]:
-    """The row of natural text: the true continuations, told apart from other natural text."""
+    """The row of natural text: the true continuations, told apart from other natural text; and `judge_bpb`, the judge's
+    own bits per byte, beside which a generator's bound may stand.
+    """
     setting = Setting(config, dataset, judge, None, neighbors=neighbors)
     places = torch.stack([setting.other_places, setting.places])
-    return setting.report(setting.natural.tokens, setting.other, places)
+    report = setting.report(setting.natural.tokens, setting.other, places)
+    return report | {"judge_bpb": _bits_per_byte(setting, setting.judge)}
+
+
+def weak_judge(judge_bpb: float, bound: float) -> str:
+    """A line that says so where the judge knows the data less well than a generator with this bound; else nothing."""
+    if judge_bpb <= bound:
+        return ""
+    return (f"the judge knows the data less well ({judge_bpb:.3f} bits/byte) than the generator ({bound:.3f} at most): "
+            "evaluation.judge_steps, evaluation.judge_layers and evaluation.judge_width make it a better one")
 
 
 def measure(
@@ -203,9 +217,10 @@ def measure(
     """The row of a generator, at `denoise.temperature` or at the temperature that gives a token entropy.
 
     Returns:
-        Figures, the temperature, tokens per second, and the first `SAMPLES_SHOWN` prompts and completions as text;
-        with `bound` also the NELBO, which is the model's and not the setting's; with `watched` how so many of the
-        texts came to be, as `denoising_figure` takes them.
+        Figures, the temperature, tokens per second, and the first `SAMPLES_SHOWN` prompts and completions as text; with
+        `match_entropy` also `entropy_error`, the nats by which the texts' lies above it; with `bound` also the NELBO,
+        which is the model's and not the setting's; with `watched` how so many of the texts came to be, as
+        `denoising_figure` takes them.
     """
     setting = Setting(config, dataset, judge, checkpoint, neighbors=neighbors)
     temperature = config.denoise.temperature
@@ -229,9 +244,24 @@ def measure(
         "tokens_per_s": tokens_per_s,
         "samples": samples,
     }
+    if match_entropy is not None:
+        row["entropy_error"] = row["entropy"] - match_entropy
     if watched:
         row["denoising"] = _watch(setting, temperature, watched)
-    return row | _bound(setting) if bound else row
+    return row | {"nelbo_bpb": _bits_per_byte(setting, setting.model)} if bound else row
+
+
+def is_matched(row: dict[str, Any]) -> bool:
+    """Whether a row that was to match a token entropy does."""
+    return abs(row["entropy_error"]) <= EQUAL_ENTROPY * (row["entropy"] - row["entropy_error"])
+
+
+def judge_nll_gain(rows: dict[str, dict[str, Any]]) -> float | None:
+    """Judge NLL of the base less the final model's at the final model's token entropy, nats per token; None where the
+    base has no temperature that gives this entropy.
+    """
+    matched = rows["base_matched"]
+    return matched["judge_nll"] - rows["final"]["judge_nll"] if is_matched(matched) else None
 
 
 @torch.no_grad()
@@ -261,10 +291,10 @@ def _watch(setting: Setting, temperature: float, num: int) -> list[dict[str, Any
     ]
 
 
-def _bound(setting: Setting) -> dict[str, float]:
-    """NELBO of the model, nats per token and bits per byte."""
+def _bits_per_byte(setting: Setting, model: GPT) -> float:
+    """NELBO of a model (causal: its exact likelihood) on validation text."""
     config = setting.config
     num = min(config.pretrain.eval_rows, config.evaluation.samples)
     rows = windows(setting.data, "validation", num, config.data.block_size, VALIDATION_WINDOWS_SEED)
-    figures = validation_bound(setting.model, rows.to(setting.device), setting.data.bytes_per_token("validation"))
-    return {"nelbo_bpb": figures["val_bpb"]}
+    figures = validation_bound(model, rows.to(setting.device), setting.data.bytes_per_token("validation"))
+    return figures["val_bpb"]

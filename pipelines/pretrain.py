@@ -76,7 +76,7 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
             save_config(config, folder / "config.yaml")
             with contextlib.nullcontext(display) if display else Display() as shown:
                 figures = _fit_and_track(config, dataset, folder, shown)
-            summary = {"mode": config.pretrain.mode, **figures, "wall_s": time.monotonic() - started}
+            summary = {"mode": config.pretrain.mode, **figures, "session_s": time.monotonic() - started}
             write_json(folder / "summary.json", summary)
     return folder / "best"
 

@@ -118,7 +118,7 @@ class Rollouts:
         """This rank's natural rows, and the prompts among them: row n x G is the true continuation of prompt n."""
         natural = self.cursor.batch(round, rows=self.rows)
         size = self.job.config.grpo.group_size
-        return natural, Batch(natural.tokens[::size], natural.attention_mask[::size])
+        return natural, natural[::size]
 
     def start(self, round: int, published: Published) -> Flight:
         """Send a round's prompts to the actors."""

@@ -80,7 +80,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             trials = read_trials(folder)
             best = best_trial(trials, config.sweep)
             summary = {
-                "wall_s": time.monotonic() - started,
+                "session_s": time.monotonic() - started,
                 "trials": Counter(trial["status"] for trial in trials),
                 "objective": config.sweep.objective,
                 "best": best and {key: best[key] for key in ("trial", "values", "reports")},

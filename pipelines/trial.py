@@ -6,6 +6,8 @@
 2. A trial is a function of its swept values and lives in a folder named by them. `step` takes the next report from
    there, or makes it: a sweep that is started again is told what it knew, and nothing is done twice.
 3. Quality is measured at the temperature that gives the token entropy of natural text, so that no trial wins by a knob.
+   A generator that repeats itself at every temperature has none: where the objective is a figure of its text, the trial
+   fails. One that is too random at every temperature is measured at the lowest; `entropy_error_matched` tells.
 4. Of pretraining's p(MASK) at masked positions, as a moving average that is the same for all trials: when it settled
    (within `TOLERANCE` of the target to the end; the number of steps, if never), how far it overshot, and its mean
    distance to the target in the last quarter.
@@ -26,12 +28,12 @@ import torch
 
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
-from grpo.mask_bias import overshoot, settle_index
+from grpo.metrics import overshoot, settle_index
 from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, start_actors
 from pipelines.launch import worker_threads
-from pipelines.measurements import FIGURES, measure
+from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
 from pipelines.rollouts import Job
@@ -42,6 +44,8 @@ TOLERANCE = 0.05
 """Of p(MASK)."""
 MEASURED = tuple(f"{name}_matched" for name in FIGURES)
 """Figures of every report: those of the generator's text and bound."""
+AT_ENTROPY = tuple(f"{name}_matched" for name in OF_TEXT)
+"""Those that mean little at a lower token entropy: text that repeats itself is likely."""
 PRETRAINED = (
     "val_nelbo_nats", "val_nelbo_se", "val_bpb", "critic_auroc", "critic_ece", "p_mask_settled_step",
     "p_mask_overshoot", "p_mask_error", "mask_bias_final",
@@ -138,6 +142,10 @@ class Trial:
         newest = self.folder / "final" if self.reported else self.base
         row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy,
                       neighbors=self.shared.neighbors)
+        if sweep.objective in AT_ENTROPY and row["entropy"] < self.shared.entropy and not is_matched(row):
+            raise ValueError(f"its token entropy comes no nearer to natural text's {self.shared.entropy:.3f} nats than "
+                             f"{row['entropy']:.3f}, at temperature {row['temperature']:.3g}: {sweep.objective}, which "
+                             "is sweep.objective, is not at equal entropy")
         quality = {matched: row[name] for matched, name in zip(MEASURED, FIGURES, strict=True)}
         figures, quality = _finite(figures), _finite(quality)
         self.tracker.log(quality, self._rounds_until(self.reported) if self.reported else 0)

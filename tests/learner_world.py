@@ -104,8 +104,8 @@ class World:
 
     def roll(self, round, full=False):
         learner, rows = self.learner, natural(round, full)
-        share = Batch(rows.tokens[self.rows], rows.attention_mask[self.rows])
-        prompts = Batch(share.tokens[::G], share.attention_mask[::G])
+        share = rows[self.rows]
+        prompts = share[::G]
         parts = len(self.actors)
         splits = zip(
             self.prompts.chunk(parts), prompts.tokens.chunk(parts), prompts.attention_mask.chunk(parts), strict=True

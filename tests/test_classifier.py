@@ -122,7 +122,7 @@ def test_the_scorers_texts_share_prompt_length_and_tokens(teacher_folder):
 def test_validation_does_not_depend_on_how_many_rows_are_read_at_once(teacher_folder, monkeypatch, kind, mode):
     trainer = learner(kind, mode, teacher_folder)
     whole = trainer.validate(alphabet(999, num=64), 1.0)
-    monkeypatch.setattr("actors.classifier.rows_at_once", lambda model, rows: 7)
+    monkeypatch.setattr("actors.pretrainer.rows_at_once", lambda model, rows: 7)
     assert trainer.validate(alphabet(999, num=64), 1.0) == pytest.approx(whole, rel=1e-4)
 
 

@@ -32,7 +32,7 @@ def rollout():
 
 def credits(users, tokens=None, **settings):
     scores = Scores(logits=draw(B, 2, seed=2), token_logits=draw(B, T, seed=3) if tokens is None else tokens,
-                    features=None, version=0, users=users)
+                    features=None, users=users)
     grpo = GrpoSection(**{"rewards": {NAME: 1.0}, "credit": "token", **settings})
     found, sums = action_credits([rollout()], [scores], [WEIGHTS], grpo=grpo, signal="log_odds",
                                  all_reduce=lambda tensor, op="sum": tensor)
@@ -98,7 +98,7 @@ def test_the_advantages_that_are_logged_are_those_that_act_as_the_loss_weighs_th
         completion_mask=torch.ones(2, 2, dtype=torch.bool), group_size=2, temperature=1.0, policy_version=0,
         hidden=torch.zeros(3, 4), actions=nothing, rows=rows, positions=positions, steps=nothing,
         logprobs=torch.tensor([-1.0, -2.0, -3.0]), entropies=torch.tensor([3.0, 2.0, 2.0]))  # k = 2, 0, -1
-    scores = Scores(logits=torch.zeros(2, 2), token_logits=tokens, features=None, version=0,
+    scores = Scores(logits=torch.zeros(2, 2), token_logits=tokens, features=None,
                     users={NAME: torch.tensor([7.0, 3.0])})
     grpo = GrpoSection(rewards={NAME: 1.0}, credit="token", neutral=neutral, prompts=1, group_size=2, rollout_actors=1)
     found, sums = action_credits([acted], [scores], [weights], grpo=grpo, signal="log_odds",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo.config import DataSection
-from grpo.data import Cursor, make_dataset, window_places, windows
+from grpo.data import Batch, Cursor, completion_mask, make_dataset, window_places, windows
 
 CORPUS = "".join(f"{i:08d}" for i in range(20_000))
 torch.set_num_threads(1)
@@ -139,6 +139,14 @@ def test_documents_are_padded_and_masked(documents):
             assert len(matching) == 1
             texts -= matching
     assert not texts
+
+
+def test_rows_of_a_batch_keep_their_masks_and_completions_begin_after_the_prompt():
+    batch = Batch(torch.arange(12).view(3, 4), torch.arange(4) < torch.tensor([[4], [3], [1]]))
+    chosen = batch[::2]
+    assert chosen.tokens.tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert completion_mask(chosen.attention_mask, 2).tolist() == [[False, False, True, True], [False] * 4]
+    assert completion_mask(batch[torch.tensor([1])].attention_mask, 2).tolist() == [[False, False, True, False]]
 
 
 def test_batches_gather_from_many_shards(tmp_path, monkeypatch):

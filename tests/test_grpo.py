@@ -89,7 +89,8 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     folder = output / "steady"
     written = json.loads((folder / "summary.json").read_text())
     for found in (summary, written):
-        assert {"wall_s", "rounds", "nelbo_bpb", "mlflow_run_id", *ROWS} <= found.keys() and found["rounds"] == ROUNDS
+        assert {"session_s", "nelbo_bpb", "judge_nll_gain", "mlflow_run_id", *ROWS} <= found.keys()
+        assert found["rounds"] == ROUNDS
         for row in ROWS:
             assert FIGURES <= found[row].keys() and all(found[row][name] is not None for name in FIGURES)
             assert 0 <= found[row][VOWELS] < 1
@@ -98,6 +99,11 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     assert Path(written["checkpoints"]["base"]) == next((output / "cache").glob("base-*")) / "best"
     assert written["base"]["temperature"] == 1.0 and written["natural"]["judge_nll"] < written["base"]["judge_nll"]
     assert logged(output, written["mlflow_run_id"], f"final/{VOWELS}") == [ROUNDS + WARMUP]
+    assert bool(written["weak_judge"]) == (written["natural"]["judge_bpb"] > written["base"]["nelbo_bpb"])
+    error, entropy = (written[row][name] for row, name in (("base_matched", "entropy_error"), ("final", "entropy")))
+    assert (written["judge_nll_gain"] is not None) == (abs(error) <= 0.01 * entropy)
+    gained = logged(output, written["mlflow_run_id"], "judge_nll_gain")
+    assert gained == ([] if written["judge_nll_gain"] is None else [ROUNDS + WARMUP])
     for name, count in (("reward_accuracy", ROUNDS + WARMUP), ("kl", ROUNDS)):
         steps = logged(output, written["mlflow_run_id"], name)
         assert steps == list(range(ROUNDS + WARMUP - count + 1, ROUNDS + WARMUP + 1))
@@ -174,13 +180,21 @@ def test_a_result_is_the_base_of_more_rounds_with_its_own_residual_only(config, 
 
 
 def test_the_closing_lines_speak_of_the_users_reward_before_the_likelihood(config, capsys):
-    figures = {"judge_nll": 4.0, "samples": [["a", "b"]], "rewards/mine.score": 0.25}
+    figures = {"judge_nll": 4.0, "entropy": 2.5, "temperature": 2.0, "samples": [["a", "b"]],
+               "rewards/mine.score": 0.25}
     rows = {row: dict(figures) for row in ROWS}
     rows["final"]["rewards/mine.score"] = 0.75
-    _show(config, Path("runs/here"), rows, {"wall_s": 1.0})
+    _show(config, Path("runs/here"), rows, {"session_s": 1.0, "judge_nll_gain": 0.125})
     told = capsys.readouterr().out
+    assert "at the same token entropy: 0.125 nats per token better\n" in told
     line = "score of the final model: 0.75; of its base 0.25, at the same token entropy 0.25; of natural text 0.25"
     assert 0 < told.index(line) < told.index("judge NLL of the final model")
+    rows["final"]["entropy"] = 2.75
+    _show(config, Path("runs/here"), rows, {"session_s": 1.0, "judge_nll_gain": None})
+    told = capsys.readouterr().out
+    assert "of its base 0.25, at the nearest token entropy 0.25; of natural text 0.25" in told
+    assert ("at the same token entropy: not matched: the final model's token entropy is 2.750 nats, the base's nearest "
+            "2.500 at temperature 2\n") in told
 
 
 @pytest.mark.parametrize("rewards, message", [

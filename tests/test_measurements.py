@@ -1,9 +1,14 @@
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from actors.judge import Judge
+from actors.pretrainer import causal_nll
 from grpo.checkpoint import load_model, save_checkpoint
 from grpo.config import DataSection
 from grpo.config_file import load_config, to_dict
@@ -16,9 +21,11 @@ from pipelines.measurements import (
     Setting,
     check_splits,
     fit_judge,
+    judge_nll_gain,
     load_scorer,
     measure,
     measure_natural,
+    weak_judge,
 )
 
 torch.set_num_threads(1)
@@ -87,6 +94,22 @@ def test_a_judge_is_found_again_by_runs_of_other_settings(tmp_path):
     assert fit_judge(settings("evaluation.judge_steps=3"), dataset) != fit_judge(config, dataset)
 
 
+def test_runs_that_start_together_train_one_judge(monkeypatch, tmp_path):
+    config, trained = settings(), []
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data").folder
+
+    class Slow(Judge):
+        def train(self):
+            trained.append(self)
+            time.sleep(0.5)
+            return super().train()
+
+    monkeypatch.setattr("pipelines.measurements.Judge", Slow)
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(lambda _: fit_judge(config, dataset), range(3)))
+    assert len(trained) == 1 and len(set(folders)) == 1
+
+
 def test_a_frozen_scorer_is_one_more_figure(tmp_path):
     config = settings("data.layout=documents", f"evaluation.scorer={tmp_path / 'scorer'}")
     documents = [f"{n} green bottles hanging on the wall, {n * n} in all."[: 12 + n % 30] for n in range(400)]
@@ -151,3 +174,35 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
         check_splits(folder, DataSection(source="mine.txt"), "--base")
     with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
         check_splits(folder, replace(config.data, split_seed=3), "--base")
+
+
+def test_a_judge_that_knows_the_data_less_well_than_the_generator_is_told(tmp_path):
+    config = settings()
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
+    judge = fit_judge(config, dataset.folder)
+    rows = windows(dataset, "validation", 8, 32, VALIDATION_WINDOWS_SEED)
+    nats, _ = causal_nll(load_model(judge).eval(), rows)
+    found = measure_natural(config, dataset.folder, judge)["judge_bpb"]
+    assert found == pytest.approx(float(nats) / math.log(2), rel=1e-6)  # a token is a byte
+    assert weak_judge(found, found) == "" and weak_judge(2.25, 2.0) == (
+        "the judge knows the data less well (2.250 bits/byte) than the generator (2.000 at most): "
+        "evaluation.judge_steps, evaluation.judge_layers and evaluation.judge_width make it a better one")
+
+
+def test_a_gain_is_told_only_at_equal_token_entropy():
+    rows = {"final": {"judge_nll": 2.0, "entropy": 2.0}}
+    for error, gain in ((0.0, 0.5), (-0.019, 0.5), (0.021, None), (-0.021, None)):
+        rows["base_matched"] = {"judge_nll": 2.5, "entropy": 2.0 + error, "entropy_error": error}
+        assert judge_nll_gain(rows) == gain
+
+
+def test_a_row_tells_how_far_it_is_from_the_entropy_to_match(tmp_path):
+    config = settings()
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
+    torch.manual_seed(0)
+    model = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size).eval()
+    save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
+    judge = fit_judge(config, dataset.folder)
+    row = measure(config, dataset.folder, judge, tmp_path / "model", 0.5, bound=False)
+    assert row["entropy_error"] == row["entropy"] - 0.5 > 0.1 and row["temperature"] < 1
+    assert "entropy_error" not in measure(config, dataset.folder, judge, tmp_path / "model", bound=False)

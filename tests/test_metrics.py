@@ -9,7 +9,9 @@ from grpo.metrics import (
     expected_calibration_error,
     means,
     merge_sums,
+    overshoot,
     pack_sums,
+    settle_index,
     unpack_sums,
     weighted_sum,
 )
@@ -35,11 +37,12 @@ def test_auroc_of_perfect_reversed_and_one_sided_scores():
 
 
 def test_calibration_error_of_a_hand_worked_example():
-    # Bin [0.2, 0.4): 0.25 and 0.35, none true: too high by 0.6. Bin [0.8, 1]: 0.9, 1.0, 0.9, all true: too low by 0.2.
-    probabilities = torch.tensor([0.25, 0.35, 0.9, 1.0, 0.9])
-    targets = torch.tensor([False, False, True, True, True])
-    error = expected_calibration_error(probabilities, targets, num_bins=5)
-    assert error.item() == pytest.approx((0.6 + 0.2) / 5, abs=1e-7)
+    # Bin [3/15, 4/15): 0.21 and 0.25, one true: too low by 0.54. Bin [14/15, 1]: 0.95, 1.0, 0.95, one false: too
+    # high by 0.9. Bin [5/15, 6/15): 0.35, false.
+    probabilities = torch.tensor([0.21, 0.25, 0.95, 1.0, 0.95, 0.35])
+    targets = torch.tensor([False, True, True, True, False, False])
+    error = expected_calibration_error(probabilities, targets)
+    assert error.item() == pytest.approx((0.54 + 0.9 + 0.35) / 6, abs=1e-7)
 
 
 def test_bits_per_byte_of_uniform_bytes_is_eight():
@@ -67,3 +70,11 @@ def test_packing_keeps_each_name_with_its_pair():
     sums = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([3.0, 4.0])}
     doubled = unpack_sums(sums, pack_sums(sums) * 2)
     assert {name: pair.tolist() for name, pair in doubled.items()} == {"a": [6.0, 8.0], "b": [2.0, 4.0]}
+
+
+def test_a_signal_settles_after_its_last_reading_outside_and_overshoots_from_its_furthest_side():
+    signal = torch.tensor([0.9, 0.5, 0.3, 0.52, 0.49])
+    assert settle_index(signal, 0.5, 0.05) == 3 and settle_index(signal[:3], 0.5, 0.05) is None
+    assert settle_index(signal[3:], 0.5, 0.05) == 0
+    assert overshoot(signal, 0.5) == pytest.approx(0.2) and overshoot(1 - signal, 0.5) == pytest.approx(0.2)
+    assert overshoot(signal[:2], 0.5) == 0

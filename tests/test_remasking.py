@@ -5,17 +5,20 @@ import pytest
 import torch
 
 from grpo.config import ModelSection
+from grpo.denoise import denoise
 from grpo.model import GPT
-from grpo.noise import uniforms
+from grpo.noise import row_seeds, uniforms
 from grpo.remasking import (
     POLICIES,
     Filled,
     choose,
     draw_log_probs,
     draws_left,
+    forwards,
     log_wrong_from_states,
     plackett_luce_weights,
     resolve_policy,
+    steps_within,
 )
 from grpo.tokenizer import Vocabulary
 
@@ -184,3 +187,21 @@ def test_choices_follow_the_plackett_luce_law():
         expected = plackett_luce_logprob(weights, everywhere[:1], listed).exp().item()
         frequency = (order[:, :2] == torch.tensor(pair)).all(1).double().mean().item()
         assert abs(frequency - expected) < 4 * math.sqrt(expected / rows)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_forwards_are_those_that_denoising_takes(policy):
+    model, classifier, passes = make_model(), make_model("token_classifier"), []
+    for each in (model, classifier):
+        each.trunk.register_forward_hook(lambda *_: passes.append(1))
+    tokens = torch.full((3, 12), model.vocabulary.mask_id)
+    denoise(model, tokens, seeds=row_seeds(0, 1, 0, torch.arange(3)), steps=5, remasking=policy,
+            remasking_model=classifier if policy == "model" else None)
+    assert len(passes) == forwards(policy, 5)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num", [1, 7, 8])
+def test_steps_within_are_the_most_that_the_forwards_pay_for(policy, num):
+    steps = steps_within(policy, num)
+    assert forwards(policy, steps) <= num < forwards(policy, steps + 1)

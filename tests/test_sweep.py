@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -25,6 +26,7 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
+from pipelines.measurements import FIGURES
 from pipelines.sweep import (
     _own_bases,
     _searcher,
@@ -35,7 +37,7 @@ from pipelines.sweep import (
     num_trials,
     read_trials,
 )
-from pipelines.trial import MEASURED, PRETRAINED, settling, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, settling, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
@@ -164,6 +166,33 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
     first, last = (load_checkpoint(path).tensors for path in (base / "best", final))
     trunk = [name for name in first if name.startswith("trunk.")]
     assert trunk and all(last[name].equal(first[name]) for name in trunk)
+
+
+@pytest.mark.parametrize("entropy, objective, compared", [
+    (1.9, "judge_nll_matched", False),
+    (1.9, "nelbo_bpb_matched", True),
+    (1.99, "judge_nll_matched", True),
+    (2.5, "judge_nll_matched", True),
+])
+def test_a_trial_below_natural_entropy_is_not_compared_by_its_text(monkeypatch, tmp_path, entropy, objective, compared):
+    row = dict.fromkeys(FIGURES, 1.0) | {"entropy": entropy, "entropy_error": entropy - 2.0}
+    monkeypatch.setattr("pipelines.trial.measure", lambda *_, **__: row)
+    monkeypatch.setattr("pipelines.trial.Tracker", MagicMock())
+    sweep = SweepSection(space={"grpo.kl": {"grid": [0.1]}}, objective=objective)
+    config = Config(run=RunSection(threads=1), sweep=sweep)
+    shared = Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=tmp_path, trunk=None,
+                    entropy=2.0, tracking=config.tracking, mlflow_run=None, device="cpu", neighbors=1)
+    trial = Trial(shared, {"grpo.kl": 0.1})
+    try:
+        if compared:
+            assert trial.step()["entropy_error_matched"] == entropy - 2.0
+            return
+        told = "^its token entropy comes no nearer to natural text's 2.000 nats than 1.900, at temperature 1: judge_nll"
+        with pytest.raises(ValueError, match=told):
+            trial.step()
+        assert read_trials(tmp_path)[0]["status"] == "failed"
+    finally:
+        trial.close()
 
 
 @pytest.mark.ray

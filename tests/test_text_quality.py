@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from grpo.sliced_loss import LOGITS_AT_ONCE
 from grpo.text_quality import (
     c2st,
     distinct_n,
@@ -110,28 +111,32 @@ def markov(num, length, sharpness, seed):
     return torch.stack(columns, 1)
 
 
+def drawn(num, seed=0):
+    """Places of texts that no document holds together."""
+    return torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+
+
 def test_c2st_cannot_tell_equal_distributions_and_tells_different_ones():
     natural = markov(200, 32, 1.0, 0)
-    same, (low, high) = c2st(natural, markov(200, 32, 1.0, 1))
+    same, (low, high) = c2st(natural, markov(200, 32, 1.0, 1), places=drawn(200))
     assert low < 0.5 < high and low < same < high
-    slightly, _ = c2st(natural, markov(200, 32, 0.8, 2))
-    clearly, (low, _) = c2st(natural, markov(200, 32, 0.3, 3))
+    slightly, _ = c2st(natural, markov(200, 32, 0.8, 2), places=drawn(200))
+    clearly, (low, _) = c2st(natural, markov(200, 32, 0.3, 3), places=drawn(200))
     assert same < slightly < clearly and low > 0.85
-    assert c2st(natural, markov(200, 32, 0.8, 2), seed=0)[0] == slightly
 
 
 def test_c2st_sees_order_and_not_only_frequencies():
     natural = markov(200, 32, 1.0, 0)
     shuffled = torch.stack([row[torch.randperm(32, generator=torch.Generator().manual_seed(i))]
                             for i, row in enumerate(markov(200, 32, 1.0, 1))])
-    assert c2st(natural, shuffled)[0] > 0.9
+    assert c2st(natural, shuffled, places=drawn(200))[0] > 0.9
 
 
 def test_c2st_on_shuffled_labels_is_at_chance_within_its_interval():
     both, outside, total = markov(160, 24, 1.0, 5), 0, 0.0
     for seed in range(20):
         order = torch.randperm(160, generator=torch.Generator().manual_seed(seed))
-        accuracy, (low, high) = c2st(both[order[:80]], both[order[80:]], seed=seed)
+        accuracy, (low, high) = c2st(both[order[:80]], both[order[80:]], places=drawn(80, seed))
         outside += not low < 0.5 < high
         total += accuracy / 20
     assert abs(total - 0.5) < 4 * (0.25 / 160 / 20) ** 0.5
@@ -147,7 +152,7 @@ def test_c2st_cannot_use_words_that_the_windows_of_a_document_share():
     order = torch.randperm(320, generator=rng)
     of_a, of_b = (order[topics[order] % 2 == side] for side in (0, 1))
     blind, (low, high) = c2st(topical[of_a], topical[of_b], places=torch.stack([of_a, of_b]))
-    assert c2st(topical[of_a], topical[of_b])[0] > 0.9 and low < 0.5 < high and low < blind < high
+    assert c2st(topical[of_a], topical[of_b], places=drawn(160))[0] > 0.9 and low < 0.5 < high and low < blind < high
     halves = torch.stack([of_a, of_b]).argsort(1).argsort(1) >= 80  # both sides are cut at the same place
     assert {int(t) for t in topics[of_a[halves[0]]]} == {int(t) for t in topics[of_b[halves[1]]] - 1}
 
@@ -155,15 +160,15 @@ def test_c2st_cannot_use_words_that_the_windows_of_a_document_share():
 def test_c2st_is_blind_to_padding_and_demands_one_shape():
     natural, generated = markov(100, 24, 1.0, 0), markov(100, 24, 1.0, 1)
     mask = torch.arange(24) < torch.randint(8, 24, (100, 1), generator=torch.Generator().manual_seed(0))
-    padded = c2st(natural.masked_fill(~mask, 98), generated.masked_fill(~mask, 99), mask=mask)
-    assert padded == c2st(natural, generated, mask=mask)
+    padded = c2st(natural.masked_fill(~mask, 98), generated.masked_fill(~mask, 99), places=drawn(100), mask=mask)
+    assert padded == c2st(natural, generated, places=drawn(100), mask=mask)
     with pytest.raises(ValueError, match="one length"):
-        c2st(natural, generated[:, 1:])
+        c2st(natural, generated[:, 1:], places=drawn(100))
 
 
 class Bigram(torch.nn.Module):
     class vocabulary:
-        base_size = 3
+        base_size, size = 3, 4
 
     def __init__(self):
         super().__init__()
@@ -179,10 +184,19 @@ def test_judge_counts_completion_tokens_and_excludes_special_ids():
     p = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).double().log_softmax(-1)
     expected = -(p[0, 2] + p[2, 1] + p[1, 0] + p[0, 0]) / 4
     assert judge_nll(Bigram(), tokens, 2) == pytest.approx(expected.item(), rel=1e-6)
-    assert judge_nll(Bigram(), tokens, 2, batch_size=1) == pytest.approx(expected.item(), rel=1e-6)
     mask = torch.tensor([[True] * 4, [True, True, True, False]])
     expected = -(p[0, 2] + p[2, 1] + p[1, 0]) / 3
     assert judge_nll(Bigram(), tokens, 2, mask) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_judge_of_a_large_vocabulary_reads_few_rows_at_once(monkeypatch):
+    tokens = torch.randint(0, 3, (11, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(10) < torch.arange(11)[:, None]
+    whole, judge, logits = judge_nll(Bigram(), tokens, 2, mask), Bigram(), []
+    judge.register_forward_hook(lambda module, inputs, output: logits.append(output.numel()))
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 4 * 10 * 4)
+    assert judge_nll(judge, tokens, 2, mask) == pytest.approx(whole, rel=1e-6)
+    assert logits == [160, 160, 120]
 
 
 @pytest.mark.gpu
@@ -197,11 +211,12 @@ def test_a_judge_on_a_gpu_reads_texts_on_the_cpu(mask):
 def test_report_measures_completions_only():
     natural, generated = markov(40, 24, 1.0, 0), markov(40, 24, 0.8, 1)
     held_out = markov(60, 24, 1.0, 2)
-    report = quality_report(natural, generated, start=8, held_out=held_out, judge=lambda t: float(t.shape[1]))
+    settings = {"start": 8, "held_out": held_out, "judge": lambda t: float(t.shape[1]), "places": drawn(40)}
+    report = quality_report(natural, generated, **settings)
     assert list(report) == ["judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "c2st_ci95", "ngram_js"]
     assert report["judge_nll"] == 24 and report["entropy"] == token_entropy(generated[:, 8:])
     generated = torch.cat([torch.full((40, 8), 77), generated[:, 8:]], 1)
-    assert report == quality_report(natural, generated, start=8, held_out=held_out, judge=lambda t: float(t.shape[1]))
+    assert report == quality_report(natural, generated, **settings)
 
 
 def test_report_is_blind_to_padding():
@@ -213,7 +228,7 @@ def test_report_is_blind_to_padding():
     reports = [
         quality_report(padded["natural"], padded["generated"], start=8, held_out=padded["held_out"],
                        mask=masks["generated"], natural_mask=masks["natural"], held_out_mask=masks["held_out"],
-                       judge=lambda t: float(t[masks["generated"]].sum()))
+                       judge=lambda t: float(t[masks["generated"]].sum()), places=drawn(60))
         for padded in ({name: text.masked_fill(~masks[name], pad) for name, text in texts.items()} for pad in (98, 99))
     ]
     assert reports[0] == reports[1]
