@@ -7,7 +7,8 @@ A source is planned as parts, each readable by itself, so that workers share out
    file, which cannot be cut into ranges, is refused, and so is a document of more than `DOCUMENT_BYTES`.
 2. Text and JSONL are cut into ranges of `PART_BYTES`; a range owns the documents that begin after the first delimiter
    in it (as in MapReduce), so no document is lost or read twice. Parquet is cut by row groups, the others not at all.
-3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_".
+3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_", and what
+   Hugging Face's `save_to_disk` notes beside its Arrow files.
 4. A folder or glob holds text or tables, not both: a README beside a data set is no part of it.
 5. Digests are remembered by path, size and time of change, so that an unchanged source is not read at every start. A
    file that changed moments ago, or has no such time (some object stores), is read: the clock may hide another change.
@@ -40,6 +41,8 @@ _READ_BYTES = 2**20
 _BOM = b"\xef\xbb\xbf"
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
           ".pq": "parquet", ".arrow": "arrow", ".ipc": "arrow", ".feather": "arrow"}
+_NOTES = ("dataset_dict.json", "dataset_info.json", "state.json")
+"""What Hugging Face's `save_to_disk` writes beside its Arrow files."""
 _COMPRESSED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
 """Suffixes that are refused, each with the program that takes it off."""
 _SETTLED_NS = 2_000_000_000
@@ -116,6 +119,8 @@ def list_files(source: str) -> Files:
         relative = PurePosixPath(info.path).relative_to(PurePosixPath(path))
         if info.is_file and pattern.fullmatch(str(relative)) and not any(p[0] in "._" for p in relative.parts):
             chosen.append((info, filesystem))
+    if any(_kind(info.path) == "arrow" for info, _ in chosen):
+        chosen = [(info, filesystem) for info, filesystem in chosen if info.base_name not in _NOTES]
     if not chosen or not source:
         raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
     files = _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))

@@ -167,6 +167,19 @@ def test_text_beside_tables_is_refused_with_a_glob_that_takes_the_larger(tmp_pat
     assert list(read_documents("**/*.parquet")) == list(read_documents("data")) == DOCUMENTS
 
 
+def test_a_folder_that_hugging_face_saved_is_its_arrow_files(tmp_path):
+    (tmp_path / "train").mkdir()
+    stream = write(tmp_path / "train" / "data.ipc")
+    stream.rename(tmp_path / "train" / "data-00000-of-00001.arrow")
+    for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json"):
+        (tmp_path / name).write_text('{\n  "splits": ["train"]\n}')
+    for source in (tmp_path, tmp_path / "train", f"{tmp_path}/**"):
+        assert list(read_documents(str(source))) == DOCUMENTS
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "state.json").write_text('{"text": "a corpus"}')
+    assert list(read_documents(f"{tmp_path}/alone")) == ["a corpus"]
+
+
 def aged(path, seconds):
     then = time.time() - seconds
     os.utime(path, (then, then))
