@@ -154,7 +154,7 @@ def load_model(
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
     """Raise a ValueError that names the option `key` unless the checkpoint reads this tokenizer's tokens."""
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{key} {folder} reads other tokens than the data: set data.tokenizer to its own")
+        raise ValueError(f"{key} {folder} reads other tokens than the data: set data.tokenizer={folder}/tokenizer")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

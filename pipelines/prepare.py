@@ -38,7 +38,7 @@ from grpo.config_file import config_hash, save_config
 from grpo.data import Dataset, open_dataset
 from grpo.shards import FORMAT, SPLITS, finish_dataset, partial_folder, write_piece
 from grpo.sources import PART_BYTES, Part, plan_parts, read_part, source_digests
-from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer
+from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer, tokenizer_path
 from pipelines.launch import launch, run_folder, start_ray
 
 SAMPLE_PLACES = 16
@@ -80,8 +80,8 @@ def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
 
 def _key(data: DataSection, sources: list[dict[str, str]]) -> str:
     content = [(Path(source["name"]).suffix, source["sha256"]) for source in sources]
-    ranks = build_tokenizer(data.tokenizer).fingerprint if data.tokenizer.endswith(".tiktoken") else data.tokenizer
-    return config_hash(dataclasses.replace(data, source="", tokenizer=ranks), content, FORMAT)
+    tokenizer = build_tokenizer(data.tokenizer).fingerprint if tokenizer_path(data.tokenizer) else data.tokenizer
+    return config_hash(dataclasses.replace(data, source="", tokenizer=tokenizer), content, FORMAT)
 
 
 def _sample(parts: list[Part], data: DataSection) -> Iterator[str]:

@@ -11,7 +11,8 @@ from grpo.config import DataSection
 from grpo.data import make_dataset, open_dataset
 from grpo.shards import SPLITS
 from grpo.sources import read_documents
-from pipelines.prepare import prepare
+from grpo.tokenizer import Tokenizer
+from pipelines.prepare import _key, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,14 @@ def test_a_second_start_reads_neither_an_unchanged_source_nor_shards_that_it_has
     monkeypatch.setattr("pipelines.prepare._whole", set())  # as another process begins
     assert [prepare(section, cache, quiet=True) for _ in range(3)] == [folder] * 3
     assert verified == [True, False, False]
+
+
+def test_a_tokenizer_by_its_path_counts_by_what_it_holds(tmp_path):
+    ranks, keys = {bytes([byte]): byte for byte in range(256)}, []
+    for folder, pattern in (("a", r"."), ("b", r"."), ("a", r"..")):
+        Tokenizer("mine", ranks, pattern).save(tmp_path / folder)
+        keys.append(_key(DataSection(tokenizer=str(tmp_path / folder)), []))
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.ray
