@@ -136,7 +136,8 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     kind = "GPU" if total(nodes, "GPU") else "CPU"
     if num_workers > total(nodes, kind):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
-    display.note(f"pretraining {computes_on(nodes, num_workers, 'pretrain.num_workers')}")
+    display.note(f"data: {job.config.data.source}; pretraining "
+                 f"{computes_on(nodes, num_workers, 'pretrain.num_workers')}")
     board = start_board()
     scratch = job.folder / "ray-train"
     trainer = TorchTrainer(
