@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.config import ModelSection, RewardSection
+from grpo.files import flush, temporary_name
 from grpo.lora import merged_state
 from grpo.model import GPT, MODES
 from grpo.tokenizer import Tokenizer, Vocabulary
@@ -77,8 +77,7 @@ def save_checkpoint(
     if tokenizer is not None and tokenizer.vocabulary != model.vocabulary:
         raise ValueError(f"{folder}: the tokenizer {tokenizer.kind} has {tokenizer.vocabulary.base_size} tokens, the "
                          f"model {model.vocabulary.base_size}: save the model with the tokenizer of its text")
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(folder)
     temporary.mkdir(parents=True)
     training: dict[str, Tensor] = {}
     description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state")}
@@ -92,15 +91,15 @@ def save_checkpoint(
         (temporary / name).chmod((temporary / DESCRIPTION).stat().st_mode)
     write_manifest(temporary)
     for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
+        flush(path)
     if folder.exists():
-        replaced = folder.parent / f".{folder.name}.{os.getpid()}.replaced"
+        replaced = temporary_name(folder)
         folder.rename(replaced)
         temporary.rename(folder)
         shutil.rmtree(replaced)
     else:
         temporary.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     return folder
 
 
@@ -338,14 +337,6 @@ def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_json(path: Path) -> Any:

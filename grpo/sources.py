@@ -20,7 +20,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -31,6 +30,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet
+
+from grpo.files import write_json
 
 Files = list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]
 EMBEDDED = "python-docs"
@@ -180,9 +181,7 @@ def source_digests(source: str, memory: Path | None = None) -> list[dict[str, st
     if file and kept != known:
         with contextlib.suppress(OSError):  # then it is read again
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(kept), encoding="utf-8")
-            partial.replace(file)
+            write_json(file, kept)
     return digests
 
 

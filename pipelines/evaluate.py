@@ -32,6 +32,7 @@ from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
 from grpo.data import open_dataset
+from grpo.files import write_json
 from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
@@ -41,7 +42,7 @@ from pipelines.measurements import check_enough, check_splits, fit_judge, load_s
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
-from pipelines.run_folder import run_folder, write_json
+from pipelines.run_folder import run_folder
 from pipelines.tracking import Tracker
 
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")

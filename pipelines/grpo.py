@@ -41,6 +41,7 @@ from grpo.completion import load_remasking_model
 from grpo.config import Config, GrpoSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
+from grpo.files import write_json
 from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
@@ -57,7 +58,7 @@ from pipelines.pretrain import pretrain
 from pipelines.progress import Display
 from pipelines.rollouts import Job
 from pipelines.rounds import worker_loop
-from pipelines.run_folder import alone, check_same, run_folder, write_json
+from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")

@@ -36,6 +36,7 @@ from rich.table import Table
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, save_config
 from grpo.data import Dataset, open_dataset
+from grpo.files import write_json
 from grpo.shards import FORMAT, SPLITS, finish_dataset, partial_folder, write_piece
 from grpo.sources import PART_BYTES, Part, plan_parts, read_part, source_digests
 from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer, tokenizer_path
@@ -161,7 +162,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     run.mkdir(parents=True, exist_ok=True)
     summary = {"folder": str(folder), "seconds": round(time.monotonic() - started, 2), "splits": dataset.meta["splits"],
                "tokenizer": dataset.meta["tokenizer"], "sources": dataset.meta["sources"]}
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(run / "summary.json", summary)
     save_config(config, run / "config.yaml")
     console = Console()
     console.print(split_table(dataset))

@@ -31,6 +31,7 @@ from typing import Any
 from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
+from grpo.files import write_json
 from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.figures import pretrain_figure, series
 from pipelines.fit import fit
@@ -40,7 +41,7 @@ from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, read_curve, worker_loop
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import Ranks
-from pipelines.run_folder import alone, check_same, run_folder, write_json
+from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("num_workers", "micro_batches", "log_every", "checkpoint_every")
