@@ -130,7 +130,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     tracking = Tracker(config.tracking, folder, folder.name, config=to_dict(config), resumes=False)
     with Display() as display, tracking as tracker:
-        dataset = prepare(config.data, config.run.cache)
+        dataset = prepare(config.data, config.run.cache, display)
         check_enough(config, dataset)
         load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
         for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):

@@ -152,7 +152,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     nodes = node_resources()
     check_fits(config.cluster, config.grpo, nodes)
     display.note(f"data: {config.data.source}; {computes_on(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
-    dataset = prepare(config.data, config.run.cache)
+    dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)

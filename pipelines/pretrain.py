@@ -63,22 +63,22 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
         SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written.
     """
     started = time.monotonic()
-    dataset = open_dataset(prepare(config.data, config.run.cache))
-    for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
-        windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said before anything starts
-    if config.pretrain.mode != "generator":
-        make_trainer(config, dataset, Ranks())  # and so is a teacher that does not fit
-    decides = what_decides(config, dataset.folder)
-    if folder is None:
-        folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
-    with alone(folder):
-        check_same(folder, decides)
-        if not _is_over(folder, config.pretrain):
-            save_config(config, folder / "config.yaml")
-            with contextlib.nullcontext(display) if display else Display() as shown:
+    with contextlib.nullcontext(display) if display else Display() as shown:
+        dataset = open_dataset(prepare(config.data, config.run.cache, shown))
+        for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
+            windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said first
+        if config.pretrain.mode != "generator":
+            make_trainer(config, dataset, Ranks())  # and so is a teacher that does not fit
+        decides = what_decides(config, dataset.folder)
+        if folder is None:
+            folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
+        with alone(folder):
+            check_same(folder, decides)
+            if not _is_over(folder, config.pretrain):
+                save_config(config, folder / "config.yaml")
                 figures = _fit_and_track(config, dataset, folder, shown)
-            summary = {"mode": config.pretrain.mode, **figures, "wall_s": time.monotonic() - started}
-            write_json(folder / "summary.json", summary)
+                summary = {"mode": config.pretrain.mode, **figures, "wall_s": time.monotonic() - started}
+                write_json(folder / "summary.json", summary)
     return folder / "best"
 
 

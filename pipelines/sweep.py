@@ -155,7 +155,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     single = replace(config.grpo, num_workers=1, rollout_actors=1)
     check_fits(config.cluster, single, node_resources())
     display.note(f"data: {config.data.source}")
-    dataset = prepare(config.data, config.run.cache)
+    dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
     task = ray.remote(**task_options(config.cluster))
     judge = task(fit_judge).remote(config, dataset)
