@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,25 @@ class Checkpoint:
     """What a checkpoint folder holds.
 
     architecture: what rebuilds the GPT. config: the run's resolved config. tensors: the GPT's, by name. state: the
-    training state, as it was given.
+    training state, as it was given. sources: sha256 of each file of the text that it was trained on, none where that is
+    not known.
     """
 
     architecture: dict[str, Any]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     state: Any
+    sources: list[str]
 
 
 def save_checkpoint(
-    folder: str | Path, model: GPT, *, config: dict[str, Any], tokenizer: Tokenizer | None = None, state: Any = None
+    folder: str | Path,
+    model: GPT,
+    *,
+    config: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    state: Any = None,
+    sources: Sequence[str] = (),
 ) -> Path:
     """Write a checkpoint, replacing what has this name.
 
@@ -69,6 +78,7 @@ def save_checkpoint(
         tokenizer: saved beside the weights, so that the checkpoint can generate text by itself.
         state: tensors, numbers, strings and None in dicts, lists and tuples of any depth (optimizer and RNG states,
             buffers, counters). It comes back equal to the bit.
+        sources: `Dataset.sources` of the text that the model was trained on.
 
     Raises:
         ValueError: the tokenizer's ids are not the model's.
@@ -80,7 +90,8 @@ def save_checkpoint(
     temporary = temporary_name(folder)
     temporary.mkdir(parents=True)
     training: dict[str, Tensor] = {}
-    description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state")}
+    description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state"),
+                   "sources": list(sources)}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
     save_file(_separate(merged_state(model)), temporary / MODEL)
     save_file(_separate(training), temporary / TRAINING)
@@ -117,6 +128,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         description["config"],
         _read_tensors(folder / MODEL),
         _unpack(description["state"], _read_tensors(folder / TRAINING)),
+        description.get("sources", []),
     )
 
 

@@ -134,7 +134,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         check_enough(config, dataset)
         load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
         for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):
-            check_splits(checkpoint, config.data, option)
+            check_splits(checkpoint, config.data, open_dataset(dataset).sources, option)
         start_ray()
         display.note("training or loading the judge")
         task = ray.remote(**task_options(config.cluster))

@@ -159,7 +159,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
     check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
-    check_splits(base, config.data, "grpo.base")
+    check_splits(base, config.data, open_dataset(dataset).sources, "grpo.base")
     if shape.block_size != config.data.block_size:
         raise ValueError(
             f"grpo.base {base} was trained with data.block_size {shape.block_size}, got {config.data.block_size}"
