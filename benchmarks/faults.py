@@ -189,7 +189,7 @@ def finished(folder: Path) -> dict[str, Any]:
 def undisturbed(options: list[str], base: Path, folder: Path) -> None:
     """Save an untrained base model, and the rounds over it, in this process."""
     config = load_config(overrides=options[2:], path=options[1])
-    dataset = prepare(config.data, config.run.cache, quiet=True)
+    dataset = prepare(config.data, config.run.cache)
     tokenizer = open_dataset(dataset).tokenizer
     torch.manual_seed(0)
     model = GPT(config.model, tokenizer.vocabulary, block_size=config.data.block_size)

@@ -37,6 +37,7 @@ from grpo.config import Config
 from grpo.config_file import config_hash, load_config, to_dict
 from grpo.corruption import mask_only
 from grpo.data import Batch, Dataset, make_dataset, open_dataset, window_places, windows
+from grpo.files import write_json
 from grpo.model import GPT
 from grpo.sources import read_documents, source_digests
 from grpo.text_quality import c2st, distinct_n, judge_nll, ngram_js, temperature_matching_entropy, token_entropy
@@ -175,9 +176,7 @@ def remembered(config: Config, compute: Callable[[], dict], kind: str, *decides:
     if not path.exists():
         figures = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(figures))
-        partial.rename(path)
+        write_json(path, figures)
     return json.loads(path.read_text())
 
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo.config import ModelSection, RewardSection
+from grpo.files import flush, temporary_name
 from grpo.lora import merged_state
 from grpo.model import GPT, MODES
 from grpo.tokenizer import Tokenizer, Vocabulary
@@ -50,17 +51,25 @@ class Checkpoint:
     """What a checkpoint folder holds.
 
     architecture: what rebuilds the GPT. config: the run's resolved config. tensors: the GPT's, by name. state: the
-    training state, as it was given.
+    training state, as it was given. sources: sha256 of each file of the text that it was trained on, none where that is
+    not known.
     """
 
     architecture: dict[str, Any]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     state: Any
+    sources: list[str]
 
 
 def save_checkpoint(
-    folder: str | Path, model: GPT, *, config: dict[str, Any], tokenizer: Tokenizer | None = None, state: Any = None
+    folder: str | Path,
+    model: GPT,
+    *,
+    config: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    state: Any = None,
+    sources: Sequence[str] = (),
 ) -> Path:
     """Write a checkpoint, replacing what has this name.
 
@@ -69,6 +78,7 @@ def save_checkpoint(
         tokenizer: saved beside the weights, so that the checkpoint can generate text by itself.
         state: tensors, numbers, strings and None in dicts, lists and tuples of any depth (optimizer and RNG states,
             buffers, counters). It comes back equal to the bit.
+        sources: `Dataset.sources` of the text that the model was trained on.
 
     Raises:
         ValueError: the tokenizer's ids are not the model's.
@@ -77,11 +87,11 @@ def save_checkpoint(
     if tokenizer is not None and tokenizer.vocabulary != model.vocabulary:
         raise ValueError(f"{folder}: the tokenizer {tokenizer.kind} has {tokenizer.vocabulary.base_size} tokens, the "
                          f"model {model.vocabulary.base_size}: save the model with the tokenizer of its text")
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(folder)
     temporary.mkdir(parents=True)
     training: dict[str, Tensor] = {}
-    description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state")}
+    description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state"),
+                   "sources": list(sources)}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
     save_file(_separate(merged_state(model)), temporary / MODEL)
     save_file(_separate(training), temporary / TRAINING)
@@ -92,15 +102,15 @@ def save_checkpoint(
         (temporary / name).chmod((temporary / DESCRIPTION).stat().st_mode)
     write_manifest(temporary)
     for path in (*temporary.rglob("*"), temporary):
-        _flush(path)
+        flush(path)
     if folder.exists():
-        replaced = folder.parent / f".{folder.name}.{os.getpid()}.replaced"
+        replaced = temporary_name(folder)
         folder.rename(replaced)
         temporary.rename(folder)
         shutil.rmtree(replaced)
     else:
         temporary.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     return folder
 
 
@@ -118,6 +128,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         description["config"],
         _read_tensors(folder / MODEL),
         _unpack(description["state"], _read_tensors(folder / TRAINING)),
+        description.get("sources", []),
     )
 
 
@@ -153,7 +164,7 @@ def load_model(
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, key: str) -> None:
     """Raise a ValueError that names the option `key` unless the checkpoint reads this tokenizer's tokens."""
     if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{key} {folder} reads other tokens than the data: set data.tokenizer to its own")
+        raise ValueError(f"{key} {folder} reads other tokens than the data: set data.tokenizer={folder}/tokenizer")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -338,14 +349,6 @@ def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_json(path: Path) -> Any:

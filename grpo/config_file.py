@@ -25,6 +25,7 @@ from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import Config
+from grpo.files import write_text
 
 
 def _all_keys() -> list[str]:
@@ -155,10 +156,7 @@ def to_yaml(config: Config) -> str:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write `to_yaml`, whole or not at all."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, to_yaml(config))
 
 
 def config_hash(*parts: Any) -> str:

@@ -57,7 +57,8 @@ class DataSection:
     text_column: str = "text"
     """Column (JSONL key) that holds the text of tabular sources."""
     tokenizer: str = "bytes"
-    """`bytes`, `bpe:<size>` (trained on the source), a `.tiktoken` rank file, or a tiktoken encoding name."""
+    """`bytes`, `bpe:<size>` (trained on the source), a tiktoken encoding name, a folder that `Tokenizer.save` wrote, or
+    a `.tiktoken` rank file, which holds no pattern that splits text before merging: it gets GPT-2's."""
     layout: str = "blocks"
     """`blocks`: documents joined by `separator`, cut into windows of `block_size`. `documents`: a padded row each."""
     separator: str = "\n\n"

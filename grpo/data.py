@@ -85,6 +85,11 @@ class Dataset:
     def vocabulary(self) -> Vocabulary:
         return self.tokenizer.vocabulary
 
+    @property
+    def sources(self) -> list[str]:
+        """sha256 of each file of the text, in order."""
+        return [source["sha256"] for source in self.meta["sources"]]
+
     def num_tokens(self, split: str) -> int:
         """Tokens of the split, pads not among them."""
         return self.meta["splits"][split]["tokens"]

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from grpo.config import DataSection
+from grpo.files import flush
 from grpo.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -54,7 +55,7 @@ class partial_folder:
         if kind is None and not self.folder.exists():  # another process may have been faster; its data are the same
             try:
                 self.partial.rename(self.folder)
-                _sync(self.folder.parent)
+                flush(self.folder.parent)
             except OSError:
                 if not self.folder.exists():
                     raise
@@ -137,7 +138,7 @@ def finish_dataset(
             "split_seed": section.split_seed, "splits": splits, "sources": sources, "shards": shards}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        flush(path)
 
 
 def _segments(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -201,11 +202,3 @@ def _write_shard(path: Path, values: np.ndarray, lengths: np.ndarray, tokenizer:
         os.fsync(file.fileno())
     return {"file": path.name, "rows": len(lengths), "tokens": int(values.size), "size_bytes": data.size,
             "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

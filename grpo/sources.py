@@ -4,10 +4,11 @@ A source is planned as parts, each readable by itself, so that workers share out
 
 1. The kind of a file is its suffix: .jsonl .ndjson .json (one object per line), .csv .tsv, .parquet .pq, .arrow .ipc
    .feather; anything else is UTF-8 text, whose documents are what stands between two `data.separator`s. A compressed
-   file, which cannot be cut into ranges, is refused.
+   file, which cannot be cut into ranges, is refused, and so is a document of more than `DOCUMENT_BYTES`.
 2. Text and JSONL are cut into ranges of `PART_BYTES`; a range owns the documents that begin after the first delimiter
    in it (as in MapReduce), so no document is lost or read twice. Parquet is cut by row groups, the others not at all.
-3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_".
+3. Empty documents and nulls are dropped; in folders and globs, so are files whose name begins with "." or "_", and what
+   Hugging Face's `save_to_disk` notes beside its Arrow files.
 4. A folder or glob holds text or tables, not both: a README beside a data set is no part of it.
 5. Digests are remembered by path, size and time of change, so that an unchanged source is not read at every start. A
    file that changed moments ago, or has no such time (some object stores), is read: the clock may hide another change.
@@ -19,7 +20,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -31,13 +31,19 @@ import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet
 
+from grpo.files import write_json
+
 Files = list[tuple[pa.fs.FileInfo, pa.fs.FileSystem]]
 EMBEDDED = "python-docs"
 PART_BYTES = 32 * 2**20
+DOCUMENT_BYTES = 256 * 2**20
+"""Longest document of text or JSONL: one task holds it whole, several times over. text8, one line of 100 MB, fits."""
 _READ_BYTES = 2**20
 _BOM = b"\xef\xbb\xbf"
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
           ".pq": "parquet", ".arrow": "arrow", ".ipc": "arrow", ".feather": "arrow"}
+_NOTES = ("dataset_dict.json", "dataset_info.json", "state.json")
+"""What Hugging Face's `save_to_disk` writes beside its Arrow files."""
 _COMPRESSED = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip"}
 """Suffixes that are refused, each with the program that takes it off."""
 _SETTLED_NS = 2_000_000_000
@@ -114,6 +120,8 @@ def list_files(source: str) -> Files:
         relative = PurePosixPath(info.path).relative_to(PurePosixPath(path))
         if info.is_file and pattern.fullmatch(str(relative)) and not any(p[0] in "._" for p in relative.parts):
             chosen.append((info, filesystem))
+    if any(_kind(info.path) == "arrow" for info, _ in chosen):
+        chosen = [(info, filesystem) for info, filesystem in chosen if info.base_name not in _NOTES]
     if not chosen or not source:
         raise ValueError(f"data.source: no file at {source}: give an existing file, glob, folder or URI, or {EMBEDDED}")
     files = _uncompressed(sorted(chosen, key=lambda pair: pair[0].path))
@@ -173,9 +181,7 @@ def source_digests(source: str, memory: Path | None = None) -> list[dict[str, st
     if file and kept != known:
         with contextlib.suppress(OSError):  # then it is read again
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(kept), encoding="utf-8")
-            partial.replace(file)
+            write_json(file, kept)
     return digests
 
 
@@ -245,12 +251,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _read_text(part: Part, text_column: str, separator: str) -> Iterator[str]:
-    _, text = _range_text(part, separator.encode())
+    remedy = (f"set data.separator, now {separator!r}, to what stands between its documents, for example "
+              "'data.separator=\"\\n\"', or cut the file")
+    _, text = _range_text(part, separator.encode(), remedy)
     return iter(text.split(separator) if separator else [text])
 
 
 def _read_jsonl(part: Part, text_column: str, separator: str) -> Iterator[str]:
-    offset, text = _range_text(part, b"\n")
+    offset, text = _range_text(part, b"\n", "write one object per line")
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -269,24 +277,34 @@ def _read_jsonl(part: Part, text_column: str, separator: str) -> Iterator[str]:
         yield record[text_column] or ""
 
 
-def _range_text(part: Part, delimiter: bytes) -> tuple[int, str]:
-    """The text of a range, from the end of the first delimiter in it to the first one after it."""
+def _range_text(part: Part, delimiter: bytes, remedy: str) -> tuple[int, str]:
+    """Where the text of a range begins, and the text: from the end of the first delimiter in it to the first after it.
+
+    Raises:
+        ValueError: not UTF-8, or a document of more than `DOCUMENT_BYTES`, for which `remedy` is given.
+    """
+    size, overlap = part.stop - part.start, max(0, len(delimiter) - 1)
+    too_long = ValueError(f"{part.path} holds a document of more than {DOCUMENT_BYTES >> 20} MB: {remedy}")
+    if not delimiter and size > DOCUMENT_BYTES:
+        raise too_long
     with _open(part) as file:
         file.seek(part.start)
-        data = file.read(part.stop - part.start)
-        tail = b""
-        while delimiter and delimiter not in tail and (block := file.read(_READ_BYTES)):
-            tail += block
-    end = tail.find(delimiter)
-    data += tail if end < 0 else tail[:end]
-    begin = 0
-    if part.start:
-        found = data.find(delimiter)
-        begin = len(data) if found < 0 else found + len(delimiter)
-    elif data.startswith(_BOM):
-        begin = len(_BOM)
+        data = bytearray(file.read(size + overlap))
+        begin, end, searched = 0, -1, size
+        if part.start:
+            first = data.find(delimiter)
+            if first < 0:  # all of it belongs to a document of an earlier range
+                return part.stop, ""
+            begin = first + len(delimiter)
+        elif data.startswith(_BOM):
+            begin = len(_BOM)
+        while delimiter and (end := data.find(delimiter, searched)) < 0 and (block := file.read(_READ_BYTES)):
+            searched = max(size, len(data) - overlap)
+            data += block
+            if len(data) - size > DOCUMENT_BYTES:
+                raise too_long
     try:
-        return part.start + begin, data[begin:].decode()
+        return part.start + begin, data[begin : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{part.path} is not UTF-8 text (byte {part.start + begin + error.start}): convert it, for "
                          f"example with `iconv -f latin1 -t utf-8`, or leave it out of data.source") from error

@@ -7,7 +7,8 @@ base vocabulary, and the model's vocabulary is rounded up to a multiple of 64.
    whose own special tokens are left out of the base vocabulary.
 2. BPE is trained by `tokenizers` on at most `TRAINING_BYTES` of UTF-8, taken document by document. Only the merged
    byte strings, in the order of their merges, are kept; tiktoken's merging of them defines the encoding.
-3. Rank files carry no splitting pattern; GPT-2's is used for them, as for trained BPE.
+3. A rank file alone carries no splitting pattern; GPT-2's is used for it, as for trained BPE. A folder of
+   `Tokenizer.save` holds its own.
 4. Every string of Unicode scalar values round-trips. Lone surrogates, which UTF-8 cannot hold, become U+FFFD.
 """
 
@@ -17,6 +18,7 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,11 +113,12 @@ class Tokenizer:
             description = json.loads(path.read_text(encoding="utf-8"))
             kind, pattern, fingerprint = (description[key] for key in ("kind", "pattern", "fingerprint"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is missing or damaged: prepare the data or copy the checkpoint again") from error
+            raise ValueError(f"{path} is missing, damaged or no tokenizer of this project: prepare the data, copy the "
+                             "checkpoint or save the tokenizer again") from error
         tokenizer = Tokenizer(kind, read_ranks(Path(folder) / RANKS_FILE), pattern)
         if tokenizer.fingerprint != fingerprint:
-            raise ValueError(f"{Path(folder) / RANKS_FILE} does not match {path.name}: prepare the data, or copy the "
-                             "checkpoint, again")
+            raise ValueError(f"{Path(folder) / RANKS_FILE} does not match {path.name}: prepare the data, copy the "
+                             "checkpoint or save the tokenizer again")
         return tokenizer
 
     @property
@@ -133,7 +136,8 @@ def build_tokenizer(kind: str, documents: Iterable[str] | None = None) -> Tokeni
     """The tokenizer that `data.tokenizer` names.
 
     Args:
-        kind: `bytes`, `bpe:<size>`, the path of a `.tiktoken` rank file, or a tiktoken encoding name.
+        kind: `bytes`, `bpe:<size>`, a tiktoken encoding name, the path of a `.tiktoken` rank file, or a folder that
+            `Tokenizer.save` wrote.
         documents: training text of `bpe:<size>`; read until `TRAINING_BYTES`.
 
     Raises:
@@ -143,9 +147,18 @@ def build_tokenizer(kind: str, documents: Iterable[str] | None = None) -> Tokeni
         return Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)}, PATTERN)
     if kind.startswith("bpe:"):
         return Tokenizer(kind, _train_ranks(_bpe_size(kind), documents), PATTERN)
-    if kind.endswith(".tiktoken"):
-        return Tokenizer("rank-file", read_ranks(Path(kind).expanduser()), PATTERN)
-    return _named_tokenizer(kind)
+    path = tokenizer_path(kind)
+    if path is None:
+        return _named_tokenizer(kind)
+    return Tokenizer.load(path) if path.is_dir() else Tokenizer("rank-file", read_ranks(path), PATTERN)
+
+
+def tokenizer_path(kind: str) -> Path | None:
+    """The rank file or folder that `data.tokenizer` names; None where it is no path."""
+    if kind == "bytes" or kind.startswith("bpe:") or kind in tiktoken.list_encoding_names():
+        return None
+    path = Path(os.path.expanduser(kind))
+    return path if kind.endswith(".tiktoken") or path.is_dir() else None
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -231,8 +244,8 @@ _BYTE_OF = _printable_alphabet()
 def _named_tokenizer(name: str) -> Tokenizer:
     """A tiktoken encoding by name; the fetch runs beside a clock, because tiktoken's own has no time limit."""
     if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"data.tokenizer must be bytes, bpe:<size>, a .tiktoken file or one of "
-                         f"{', '.join(tiktoken.list_encoding_names())}, got {name!r}")
+        raise ValueError(f"data.tokenizer must be bytes, bpe:<size>, a .tiktoken file, a saved tokenizer's folder or "
+                         f"one of {', '.join(tiktoken.list_encoding_names())}, got {name!r}")
     fetched: list[tiktoken.Encoding] = []
 
     def fetch() -> None:

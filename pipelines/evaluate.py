@@ -32,6 +32,7 @@ from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
 from grpo.data import open_dataset
+from grpo.files import write_json
 from grpo.remasking import forwards, resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
@@ -49,7 +50,7 @@ from pipelines.measurements import (
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
-from pipelines.run_folder import run_folder, write_json
+from pipelines.run_folder import run_folder
 from pipelines.tracking import Tracker
 
 SHOWN = {
@@ -139,11 +140,11 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     tracking = Tracker(config.tracking, folder, folder.name, config=to_dict(config), resumes=False)
     with Display() as display, tracking as tracker:
-        dataset = prepare(config.data, config.run.cache)
+        dataset = prepare(config.data, config.run.cache, display)
         check_enough(config, dataset)
         load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
         for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):
-            check_splits(checkpoint, config.data, option)
+            check_splits(checkpoint, config.data, open_dataset(dataset).sources, option)
         start_ray()
         display.note("training or loading the judge")
         task = ray.remote(**task_options(config.cluster))

@@ -41,6 +41,7 @@ from grpo.completion import load_remasking_model
 from grpo.config import Config, GrpoSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
+from grpo.files import write_json
 from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
@@ -66,7 +67,7 @@ from pipelines.pretrain import pretrain
 from pipelines.progress import Display
 from pipelines.rollouts import Job
 from pipelines.rounds import worker_loop
-from pipelines.run_folder import alone, check_same, run_folder, write_json
+from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")
@@ -164,14 +165,14 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     nodes = node_resources()
     check_fits(config.cluster, config.grpo, nodes)
     display.note(f"data: {config.data.source}; {computes_on(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
-    dataset = prepare(config.data, config.run.cache)
+    dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = load_model(base)
     check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
-    check_splits(base, config.data, "grpo.base")
+    check_splits(base, config.data, open_dataset(dataset).sources, "grpo.base")
     if shape.block_size != config.data.block_size:
         raise ValueError(
             f"grpo.base {base} was trained with data.block_size {shape.block_size}, got {config.data.block_size}"

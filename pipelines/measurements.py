@@ -73,12 +73,18 @@ def fit_judge(config: Config, dataset: Path) -> Path:
     return folder
 
 
-def check_splits(checkpoint: Path, data: DataSection, key: str) -> None:
-    """Raise a ValueError that names the option `key` where a model was trained on other splits of the same source: it
-    would be measured on text that it knows.
+def check_splits(checkpoint: Path, data: DataSection, sources: list[str], key: str) -> None:
+    """Raise a ValueError that names the option `key` where a model was trained on other splits of the same text: it
+    would be measured on text that it knows. A checkpoint that holds no digests is judged by the name of its source.
     """
-    trained = load_checkpoint(checkpoint).config.get("data", {})
-    for name in ("validation_fraction", "judge_fraction", "split_seed") if trained.get("source") == data.source else ():
+    saved = load_checkpoint(checkpoint)
+    trained, known = saved.config.get("data", {}), saved.sources
+    if known and not set(known) & set(sources) or not known and trained.get("source") != data.source:
+        return
+    if known and known != sources:
+        raise ValueError(f"{key} {checkpoint} was trained on some of the files of data.source {data.source}, beside "
+                         "others or fewer, so in other splits: it may know the text to measure by; give the same files")
+    for name in ("validation_fraction", "judge_fraction", "split_seed"):
         if trained[name] != getattr(data, name):
             raise ValueError(f"{key} {checkpoint} was trained with data.{name} {trained[name]} on this source, got "
                              f"{getattr(data, name)}: it may know the text to measure by")

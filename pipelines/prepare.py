@@ -29,17 +29,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, save_config
-from grpo.data import Dataset, open_dataset
+from grpo.data import open_dataset
+from grpo.files import write_json
 from grpo.shards import FORMAT, SPLITS, finish_dataset, partial_folder, write_piece
 from grpo.sources import PART_BYTES, Part, plan_parts, read_part, source_digests
-from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer
+from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer, tokenizer_path
 from pipelines.launch import launch, start_ray
+from pipelines.progress import Display, summary_table
 from pipelines.run_folder import run_folder
 
 SAMPLE_PLACES = 16
@@ -47,13 +45,13 @@ _whole: set[Path] = set()
 """Datasets that this process has made or verified."""
 
 
-def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
+def prepare(data: DataSection, cache: str, display: Display | None = None) -> Path:
     """The folder of the prepared dataset; made on Ray Data when the cache does not hold it yet.
 
     Args:
         data: what to read and how.
         cache: folder of prepared datasets (`run.cache`).
-        quiet: show no progress.
+        display: where progress goes, already entered; None: nowhere.
 
     Raises:
         ValueError: the source is missing, damaged, empty, too short or without the text column; or the cached
@@ -67,9 +65,9 @@ def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
         _whole.add(folder)
         return folder
     parts = plan_parts(data.source, data.separator)
-    tokenizer = build_tokenizer(data.tokenizer, _sample(parts, data))
+    tokenizer = build_tokenizer(data.tokenizer, _sample(parts, data, display))
     with partial_folder(folder) as partial:
-        shards = _write_on_ray(_pieces(parts), data, tokenizer, partial, quiet)
+        shards = _write_on_ray(_pieces(parts), data, tokenizer, partial, display)
         lost = next((shard["file"] for shard in shards if not (partial / shard["file"]).exists()), None)
         if lost:
             raise ValueError(f"run.cache: {partial / lost} was written on another node and is not visible here: set "
@@ -81,12 +79,14 @@ def prepare(data: DataSection, cache: str, *, quiet: bool = False) -> Path:
 
 def _key(data: DataSection, sources: list[dict[str, str]]) -> str:
     content = [(Path(source["name"]).suffix, source["sha256"]) for source in sources]
-    ranks = build_tokenizer(data.tokenizer).fingerprint if data.tokenizer.endswith(".tiktoken") else data.tokenizer
-    return config_hash(dataclasses.replace(data, source="", tokenizer=ranks), content, FORMAT)
+    tokenizer = build_tokenizer(data.tokenizer).fingerprint if tokenizer_path(data.tokenizer) else data.tokenizer
+    return config_hash(dataclasses.replace(data, source="", tokenizer=tokenizer), content, FORMAT)
 
 
-def _sample(parts: list[Part], data: DataSection) -> Iterator[str]:
+def _sample(parts: list[Part], data: DataSection, display: Display | None) -> Iterator[str]:
     """Documents for BPE training: an equal share of the training bytes from each of several places."""
+    if display:
+        display.note(f"training the tokenizer {data.tokenizer}")
     share = TRAINING_BYTES // min(SAMPLE_PLACES, max(1, len(parts)))
     for part in random.Random(0).sample(parts, len(parts)):
         size = 0
@@ -111,7 +111,7 @@ def _pieces(parts: list[Part]) -> list[list[Part]]:
 
 
 def _write_on_ray(
-    pieces: list[list[Part]], data: DataSection, tokenizer: Tokenizer, folder: Path, quiet: bool
+    pieces: list[list[Part]], data: DataSection, tokenizer: Tokenizer, folder: Path, display: Display | None
 ) -> list[dict[str, Any]]:
     """Write all pieces in Ray Data tasks; returns the shards' entries in the order of the corpus."""
     start_ray()
@@ -129,44 +129,33 @@ def _write_on_ray(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     written: dict[int, list[dict[str, Any]]] = {}
-    console = Console(stderr=True)
     if pieces:
         tasks = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(write)
-        with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-            bar = progress.add_task("tokenizing", total=len(pieces))
-            for row in tasks.iter_rows():
-                if row["error"]:
-                    raise ValueError(row["error"])
-                written[row["piece"]] = json.loads(row["shards"])
-                progress.advance(bar)
+        for row in tasks.iter_rows():
+            if row["error"]:
+                raise ValueError(row["error"])
+            written[row["piece"]] = json.loads(row["shards"])
+            if display:
+                display.phase("tokenizing", len(written), len(pieces))
     return [shard for piece in sorted(written) for shard in written[piece]]
-
-
-def split_table(dataset: Dataset) -> Table:
-    """Tokens, bytes and rows of each split."""
-    table = Table(title=f"{dataset.meta['tokenizer']['kind']} tokens, vocabulary {dataset.vocabulary.base_size}")
-    for column in ("split", "tokens", "bytes", "bytes per token", "rows"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    for split in SPLITS:
-        table.add_row(split, f"{dataset.num_tokens(split):,}", f"{dataset.num_bytes(split):,}",
-                      f"{dataset.bytes_per_token(split):.2f}", f"{dataset.meta['splits'][split]['rows']:,}")
-    return table
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     run = run_folder(config.run, f"prepare-{config_hash(config.data)}")
-    folder = prepare(config.data, config.run.cache)
+    with Display() as display:
+        folder = prepare(config.data, config.run.cache, display)
     dataset = open_dataset(folder)
     run.mkdir(parents=True, exist_ok=True)
     summary = {"folder": str(folder), "seconds": round(time.monotonic() - started, 2), "splits": dataset.meta["splits"],
                "tokenizer": dataset.meta["tokenizer"], "sources": dataset.meta["sources"]}
-    (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(run / "summary.json", summary)
     save_config(config, run / "config.yaml")
-    console = Console()
-    console.print(split_table(dataset))
-    console.print(f"dataset  {folder}\nsummary  {run / 'summary.json'}\nnext     python pipelines/pretrain.py",
-                  soft_wrap=True, highlight=False)
+    rows = [[split, dataset.num_tokens(split), dataset.num_bytes(split), dataset.bytes_per_token(split),
+             dataset.meta["splits"][split]["rows"]] for split in SPLITS]
+    summary_table(f"{dataset.meta['tokenizer']['kind']} tokens, vocabulary {dataset.vocabulary.base_size}", rows,
+                  ["split", "tokens", "bytes", "bytes per token", "rows"])
+    print(f"dataset  {folder}\nsummary  {run / 'summary.json'}\nnext     python pipelines/pretrain.py")
     return summary
 
 

@@ -31,6 +31,7 @@ from typing import Any
 from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
+from grpo.files import write_json
 from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.figures import pretrain_figure, series
 from pipelines.fit import fit
@@ -40,7 +41,7 @@ from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, read_curve, worker_loop
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import Ranks
-from pipelines.run_folder import alone, check_same, run_folder, write_json
+from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("num_workers", "micro_batches", "log_every", "checkpoint_every")
@@ -62,22 +63,22 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
         SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written.
     """
     started = time.monotonic()
-    dataset = open_dataset(prepare(config.data, config.run.cache))
-    for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
-        windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said before anything starts
-    if config.pretrain.mode != "generator":
-        make_trainer(config, dataset, Ranks())  # and so is a teacher that does not fit
-    decides = what_decides(config, dataset.folder)
-    if folder is None:
-        folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
-    with alone(folder):
-        check_same(folder, decides)
-        if not _is_over(folder, config.pretrain):
-            save_config(config, folder / "config.yaml")
-            with contextlib.nullcontext(display) if display else Display() as shown:
+    with contextlib.nullcontext(display) if display else Display() as shown:
+        dataset = open_dataset(prepare(config.data, config.run.cache, shown))
+        for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
+            windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said first
+        if config.pretrain.mode != "generator":
+            make_trainer(config, dataset, Ranks())  # and so is a teacher that does not fit
+        decides = what_decides(config, dataset.folder)
+        if folder is None:
+            folder = Path(config.run.cache).expanduser().absolute() / f"base-{config_hash(decides)}"
+        with alone(folder):
+            check_same(folder, decides)
+            if not _is_over(folder, config.pretrain):
+                save_config(config, folder / "config.yaml")
                 figures = _fit_and_track(config, dataset, folder, shown)
-            summary = {"mode": config.pretrain.mode, **figures, "session_s": time.monotonic() - started}
-            write_json(folder / "summary.json", summary)
+                summary = {"mode": config.pretrain.mode, **figures, "session_s": time.monotonic() - started}
+                write_json(folder / "summary.json", summary)
     return folder / "best"
 
 
@@ -129,7 +130,8 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
     kind = "GPU" if total(nodes, "GPU") else "CPU"
     if num_workers > total(nodes, kind):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
-    display.note(f"pretraining {computes_on(nodes, num_workers, 'pretrain.num_workers')}")
+    display.note(f"data: {job.config.data.source}; pretraining "
+                 f"{computes_on(nodes, num_workers, 'pretrain.num_workers')}")
     workers = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU")
     return fit(worker_loop, job, display, workers=workers, unit="step")
 

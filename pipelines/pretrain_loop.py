@@ -137,7 +137,8 @@ def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
 
     def save(folder: Path, **more: Any) -> None:
         save_checkpoint(folder, trainer.model, config=to_dict(config), tokenizer=dataset.tokenizer,
-                        state={**state, "step": step, "mask_bias": trainer.mask_bias.state_dict(), **more})
+                        state={**state, "step": step, "mask_bias": trainer.mask_bias.state_dict(), **more},
+                        sources=dataset.sources)
 
     def save_to_resume() -> None:
         if ranks.rank == 0:

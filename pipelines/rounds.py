@@ -90,7 +90,7 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
     )
     if job.mask_bias:
         learner.mask_bias.load_state_dict(job.mask_bias)
-    tokenizer = open_dataset(job.dataset).tokenizer
+    dataset = open_dataset(job.dataset)
     source = Rollouts(job, ranks)
     done, history, behind = _resume(job.folder, learner, ranks)
     if ranks.rank == 0:
@@ -119,8 +119,9 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
                 checkpoint_folder(job.folder / "checkpoints", done),
                 learner.model,
                 config=to_dict(config),
-                tokenizer=tokenizer,
+                tokenizer=dataset.tokenizer,
                 state=state,
+                sources=dataset.sources,
             )
             prune_checkpoints(job.folder / "checkpoints", grpo.keep, done)
 
@@ -183,8 +184,9 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
             job.folder / "final",
             learner.result,
             config=to_dict(config),
-            tokenizer=tokenizer,
+            tokenizer=dataset.tokenizer,
             state={"mask_bias": learner.mask_bias.state_dict()},
+            sources=dataset.sources,
         )
     return {"history": history, **({"stopped": done} if done < total else {})}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import RunSection
+from grpo.files import write_json
 from grpo.run_checkpoints import newest_step
 
 
@@ -62,13 +63,6 @@ def _try_to_write(folder: Path) -> None:
         if folder.is_symlink():  # which leads nowhere
             raise
         _try_to_write(folder.parent)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # `python pipelines/sample.py` puts pipelines/ first
 # ruff: noqa: E402
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -39,6 +38,7 @@ from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config
 from grpo.denoise import StepRecord, denoise
+from grpo.files import write_json
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
 from grpo.noise import row_seeds
@@ -147,7 +147,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     save_config(config, run / "config.yaml")
     summary = {"checkpoint": str(folder), "prompt": args.prompt, "texts": written, "num_tokens": texts.numel(),
                "seconds": seconds}
-    (run / "summary.json").write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(run / "summary.json", summary)
     console.print(f"texts and settings: {run}")
     if args.html:
         s = config.denoise

@@ -39,6 +39,7 @@ from grpo.config_file import config_hash, save_config, to_dict, with_values
 from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
+from grpo.files import write_json
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.fit import beside_main_thread
 from pipelines.grpo import publish_trunk
@@ -49,7 +50,7 @@ from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
 from pipelines.progress import Display, summary_table
-from pipelines.run_folder import alone, check_same, run_folder, write_json
+from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, read_trial, trial_folder
@@ -154,7 +155,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     single = replace(config.grpo, num_workers=1, rollout_actors=1)
     check_fits(config.cluster, single, node_resources())
     display.note(f"data: {config.data.source}")
-    dataset = prepare(config.data, config.run.cache)
+    dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
     task = ray.remote(**task_options(config.cluster))
     judge = task(fit_judge).remote(config, dataset)

@@ -28,6 +28,7 @@ import torch
 
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
+from grpo.files import write_json
 from grpo.metrics import overshoot, settle_index
 from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
@@ -37,7 +38,7 @@ from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
 from pipelines.rollouts import Job
-from pipelines.run_folder import alone, write_json
+from pipelines.run_folder import alone
 from pipelines.tracking import Tracker
 
 TOLERANCE = 0.05

@@ -14,6 +14,11 @@ def test_every_shipped_config_loads(path):
     assert isinstance(load_config(path), Config)
 
 
+def test_a_config_that_is_named_for_a_corpus_asks_for_it():
+    named = [load_config(path).data.source for path in CONFIGS if path.stem.startswith("shakespeare")]
+    assert named == ["input.txt", "input.txt"]
+
+
 def test_overrides_win_over_the_file(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("grpo:\n  group_size: 4\n  prompts: 8\n")

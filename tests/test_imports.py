@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
+    "files",
     "config_model",
     "config_rounds",
     "config_cluster",

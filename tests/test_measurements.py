@@ -167,13 +167,21 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
     config = settings("data.source=mine.txt", "data.judge_fraction=0")
     model = GPT(config.model, tokenizer.vocabulary, block_size=config.data.block_size)
     folder = save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=tokenizer)
-    check_splits(folder, config.data, "--base")
-    check_splits(folder, DataSection(source="another.txt"), "--base")
+    other = DataSection(source="another.txt")
+    check_splits(folder, config.data, ["a"], "--base")
+    check_splits(folder, other, ["a"], "--base")
     told = r"^--base .*model was trained with data.judge_fraction 0.0 on this source, got 0.25: it may know the text"
     with pytest.raises(ValueError, match=told):
-        check_splits(folder, DataSection(source="mine.txt"), "--base")
+        check_splits(folder, DataSection(source="mine.txt"), ["a"], "--base")
     with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
-        check_splits(folder, replace(config.data, split_seed=3), "--base")
+        check_splits(folder, replace(config.data, split_seed=3), ["a"], "--base")
+    save_checkpoint(folder, model, config=to_dict(config), tokenizer=tokenizer, sources=["a", "b"])
+    check_splits(folder, replace(config.data, source="/data/mine.txt"), ["a", "b"], "--base")
+    check_splits(folder, DataSection(source="mine.txt"), ["c"], "--base")  # of the same name, and other text
+    with pytest.raises(ValueError, match=told):
+        check_splits(folder, other, ["a", "b"], "--base")  # of another name, and the same text
+    with pytest.raises(ValueError, match="was trained on some of the files of data.source mine.txt.*other splits"):
+        check_splits(folder, config.data, ["a", "b", "c"], "--base")
 
 
 def test_a_judge_that_knows_the_data_less_well_than_the_generator_is_told(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -6,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from grpo.config import DataSection
 from grpo.data import make_dataset, open_dataset
 from grpo.shards import SPLITS
 from grpo.sources import read_documents
-from pipelines.prepare import prepare
+from grpo.tokenizer import Tokenizer
+from pipelines.prepare import _key, prepare
+from pipelines.progress import Display
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +32,9 @@ def write_corpus(folder, files=5):
 @pytest.mark.parametrize("layout", ["blocks", "documents"])
 def test_ray_data_writes_what_one_process_writes(ray_session, tmp_path, layout):
     section = dataclasses.replace(write_corpus(tmp_path / "corpus"), layout=layout)
-    prepared = open_dataset(prepare(section, str(tmp_path / "cache"), quiet=True))
+    shown = io.StringIO()
+    prepared = open_dataset(prepare(section, str(tmp_path / "cache"), Display(Console(file=shown))))
+    assert shown.getvalue().splitlines() == ["training the tokenizer bpe:300", "tokenizing 1/1"]
     alone = make_dataset(read_documents(section.source), section, tmp_path / "alone")
     assert prepared.meta["shards"] == alone.meta["shards"] and prepared.meta["splits"] == alone.meta["splits"]
     assert prepared.tokenizer.fingerprint == alone.tokenizer.fingerprint
@@ -38,19 +44,19 @@ def test_ray_data_writes_what_one_process_writes(ray_session, tmp_path, layout):
 @pytest.mark.ray
 def test_an_unchanged_source_is_prepared_once_and_a_changed_one_again(ray_session, tmp_path, monkeypatch):
     section, cache = write_corpus(tmp_path / "corpus"), str(tmp_path / "cache")
-    first = prepare(section, cache, quiet=True)
+    first = prepare(section, cache)
     written = (first / "meta.json").stat().st_mtime_ns
-    assert prepare(section, cache, quiet=True) == first and (first / "meta.json").stat().st_mtime_ns == written
-    assert prepare(dataclasses.replace(section, split_seed=1), cache, quiet=True) != first
+    assert prepare(section, cache) == first and (first / "meta.json").stat().st_mtime_ns == written
+    assert prepare(dataclasses.replace(section, split_seed=1), cache) != first
     with (tmp_path / "corpus" / "0.jsonl").open("a") as file:
         file.write('\n{"text": "one more"}')
-    assert prepare(section, cache, quiet=True) != first
+    assert prepare(section, cache) != first
     shard = next(first.glob("train*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     write_corpus(tmp_path / "corpus")
     monkeypatch.setattr("pipelines.prepare._whole", set())  # as another process begins
     with pytest.raises(ValueError, match=f"{shard} is damaged.*delete {first} and prepare"):
-        prepare(section, cache, quiet=True)
+        prepare(section, cache)
 
 
 @pytest.mark.ray
@@ -60,13 +66,21 @@ def test_a_second_start_reads_neither_an_unchanged_source_nor_shards_that_it_has
     section, cache = write_corpus(tmp_path / "corpus"), str(tmp_path / "cache")
     for path in (tmp_path / "corpus").iterdir():
         os.utime(path, (1e9, 1e9))
-    folder, verified = prepare(section, cache, quiet=True), []
+    folder, verified = prepare(section, cache), []
     assert (tmp_path / "cache") in {path.parent for path in (tmp_path / "cache").glob("source-*.json")}
     monkeypatch.setattr("grpo.sources._digest", None)  # a call would raise
     monkeypatch.setattr("pipelines.prepare.open_dataset", lambda folder, verify: verified.append(verify))
     monkeypatch.setattr("pipelines.prepare._whole", set())  # as another process begins
-    assert [prepare(section, cache, quiet=True) for _ in range(3)] == [folder] * 3
+    assert [prepare(section, cache) for _ in range(3)] == [folder] * 3
     assert verified == [True, False, False]
+
+
+def test_a_tokenizer_by_its_path_counts_by_what_it_holds(tmp_path):
+    ranks, keys = {bytes([byte]): byte for byte in range(256)}, []
+    for folder, pattern in (("a", r"."), ("b", r"."), ("a", r"..")):
+        Tokenizer("mine", ranks, pattern).save(tmp_path / folder)
+        keys.append(_key(DataSection(tokenizer=str(tmp_path / folder)), []))
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.ray
@@ -75,7 +89,7 @@ def test_many_pieces_hold_every_document_once(ray_session, tmp_path, monkeypatch
     monkeypatch.setattr("pipelines.prepare.PART_BYTES", 6000)
     section = write_corpus(tmp_path / "corpus")
     section = dataclasses.replace(section, layout="documents", block_size=200, tokenizer="bytes")
-    dataset = open_dataset(prepare(section, str(tmp_path / "cache"), quiet=True))
+    dataset = open_dataset(prepare(section, str(tmp_path / "cache")))
     assert len({shard["file"].split("-")[1] for shard in dataset.meta["shards"]}) > 3
     rows = []
     for split in SPLITS:
@@ -91,7 +105,7 @@ def test_a_mistake_met_in_a_worker_is_one_line(ray_session, tmp_path):
     (tmp_path / "corpus" / "3.jsonl").write_bytes(b'{"text": "\xff"}')
     for options, message in (({}, "3.jsonl is not UTF-8 text .byte 10"), ({"text_column": "body"}, "no column 'body'")):
         with pytest.raises(ValueError, match=message) as error:
-            prepare(dataclasses.replace(section, **options), str(tmp_path / "cache"), quiet=True)
+            prepare(dataclasses.replace(section, **options), str(tmp_path / "cache"))
         assert "\n" not in str(error.value) and not list((tmp_path / "cache").glob("*data-*"))
 
 

@@ -59,6 +59,56 @@ def test_ranges_read_every_document_once(tmp_path, monkeypatch, suffix, part_byt
     assert list(read_documents(str(path))) == DOCUMENTS
 
 
+@pytest.mark.parametrize("separator", ["\n\n", "<end>"])
+@pytest.mark.parametrize("part_bytes", range(1, 12))
+def test_ranges_cut_a_separator_anywhere(tmp_path, monkeypatch, separator, part_bytes):
+    documents = [letter * length for letter, length in zip("abcdefg", (1, 9, 2, 30, 3, 1, 12), strict=True)]
+    (tmp_path / "a.txt").write_text(separator.join(documents) + separator)
+    monkeypatch.setattr("grpo.sources.PART_BYTES", part_bytes)
+    monkeypatch.setattr("grpo.sources._READ_BYTES", 2)
+    assert list(read_documents(str(tmp_path / "a.txt"), separator=separator)) == documents
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_text_without_a_separator_is_read_twice_at_most(tmp_path, monkeypatch, suffix):
+    text, plain, read = json.dumps({"text": "one line " * 1000}), sources._open, []
+    (tmp_path / f"a{suffix}").write_text(text)
+    monkeypatch.setattr("grpo.sources.PART_BYTES", 100)
+    monkeypatch.setattr("grpo.sources._READ_BYTES", 10)
+
+    class Counted:
+        def __init__(self, part):
+            self.file = plain(part)
+            self.seek = self.file.seek
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, size):
+            read.append(len(block := self.file.read(size)))
+            return block
+
+    monkeypatch.setattr(sources, "_open", Counted)
+    assert len(list(read_documents(str(tmp_path / f"a{suffix}")))) == 1
+    assert sum(read) < 2.1 * len(text)
+
+
+@pytest.mark.parametrize("name, options, remedy", [
+    ("a.txt", {}, r"set data.separator, now '\\n\\n', to what .*, for example 'data.separator=\"\\n\"', or cut"),
+    ("a.txt", {"separator": ""}, "set data.separator, now '', to"),
+    ("a.jsonl", {}, "write one object per line"),
+])
+def test_a_document_without_end_is_refused(tmp_path, monkeypatch, name, options, remedy):
+    monkeypatch.setattr("grpo.sources.PART_BYTES", 2**18)
+    monkeypatch.setattr("grpo.sources.DOCUMENT_BYTES", 2**20)
+    (tmp_path / name).write_text(json.dumps({"text": "one line " * 150_000}))
+    told = one_line_error(tmp_path / name, f"a document of more than 1 MB: {remedy}", **options)
+    assert told.startswith(str(tmp_path / name))
+
+
 def test_files_globs_folders_and_uris_choose_files(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "c1.md", "deep/d.txt", ".hidden", "_meta"):
@@ -115,6 +165,19 @@ def test_text_beside_tables_is_refused_with_a_glob_that_takes_the_larger(tmp_pat
     assert one_line_error("../**", "holds text").endswith("by ../**/*.md")
     monkeypatch.chdir(tmp_path)
     assert list(read_documents("**/*.parquet")) == list(read_documents("data")) == DOCUMENTS
+
+
+def test_a_folder_that_hugging_face_saved_is_its_arrow_files(tmp_path):
+    (tmp_path / "train").mkdir()
+    stream = write(tmp_path / "train" / "data.ipc")
+    stream.rename(tmp_path / "train" / "data-00000-of-00001.arrow")
+    for name in ("dataset_dict.json", "train/dataset_info.json", "train/state.json"):
+        (tmp_path / name).write_text('{\n  "splits": ["train"]\n}')
+    for source in (tmp_path, tmp_path / "train", f"{tmp_path}/**"):
+        assert list(read_documents(str(source))) == DOCUMENTS
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "state.json").write_text('{"text": "a corpus"}')
+    assert list(read_documents(f"{tmp_path}/alone")) == ["a corpus"]
 
 
 def aged(path, seconds):

@@ -308,7 +308,7 @@ def test_a_job_stops_between_rounds_and_the_next_one_goes_on_in_the_same_run(cop
 def prepared(ray_session, tmp_path_factory):
     """A cache that holds the default data, so that a mistake beyond the data needs no Ray."""
     cache = tmp_path_factory.mktemp("cache")
-    prepare(DataSection(), str(cache), quiet=True)
+    prepare(DataSection(), str(cache))
     return cache
 
 

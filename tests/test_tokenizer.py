@@ -113,8 +113,26 @@ def test_rank_file_gives_the_same_ids_and_damage_is_named(documents, tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*tokenizer\.tiktoken: give the path"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is missing or damaged"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is missing, damaged"):
         Tokenizer.load(tmp_path)
+
+
+def test_a_saved_folder_brings_its_pattern_and_a_rank_file_alone_gets_that_of_gpt2(tmp_path, monkeypatch):
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"12": 256, b"123": 257}
+    mine = Tokenizer("mine", ranks, r"\p{N}{1,2}|\P{N}+")
+    mine.save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    loaded = build_tokenizer("mine")
+    assert loaded.fingerprint == mine.fingerprint and loaded.encode("123") == [256, ord("3")]
+    assert build_tokenizer("mine/tokenizer.tiktoken").encode("123") == [257]
+    (tmp_path / "bytes").mkdir()
+    assert build_tokenizer("bytes").kind == "bytes"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    with pytest.raises(ValueError, match=r"other/tokenizer\.json is missing, damaged or no tokenizer of this project"):
+        build_tokenizer("other")
+    with pytest.raises(ValueError, match=r"cannot read ~nobody-here/a\.tiktoken"):
+        build_tokenizer("~nobody-here/a.tiktoken")
 
 
 def test_unknown_kinds_get_one_line_with_the_remedy(tmp_path, monkeypatch):
