@@ -85,8 +85,7 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
     base = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size)
     save_checkpoint(scratch / "base", base, config=to_dict(config), tokenizer=dataset.tokenizer)
     paths = Paths(dataset=dataset.folder, base=scratch / "base", judge=Path())
-    with start_actors(config, paths) as job:
-        job = replace(job, folder=scratch / "both")
+    with start_actors(config, paths, scratch / "both") as job:
         both, one = Rollouts(job, Ranks()), Rollouts(replace(job, generators=job.generators[:1],
                                                              rewards=job.rewards[:1]), Ranks())
         seconds: dict[int, list[float]] = {1: [], 2: []}
@@ -107,8 +106,7 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
     for turn in range(2):
         for staleness in (0, 1):
             mine = replace(config, grpo=replace(config.grpo, max_staleness=staleness))
-            with start_actors(mine, paths) as job:
-                job = replace(job, folder=scratch / f"staleness-{staleness}-{turn}")
+            with start_actors(mine, paths, scratch / f"staleness-{staleness}-{turn}") as job:
                 history = train(job, Ranks(), lambda figures, step: None, lambda done, total, shown: False)["history"]
                 histories[staleness] += history[config.warmup_rounds + 1 :]
     medians = {name: statistics.median(row[name] for row in histories[0]) for name in histories[0][0]}

@@ -16,7 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.run_checkpoints import newest_step
+from pipelines.pretrain_loop import PretrainJob
 from pipelines.progress import Display, follow, start_board, stop_on_signals
+from pipelines.rollouts import RoundsJob
+from pipelines.tracking import Tracker
 
 MAX_FAILURES = 3
 """Times that Ray Train starts again after a worker has died."""
@@ -24,14 +27,20 @@ LEFT_BY_SIGNAL = 143
 
 
 def fit(
-    loop: Callable[[dict[str, Any]], dict[str, Any]], job: Any, display: Display, *, workers: Any, unit: str
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
+    job: RoundsJob | PretrainJob,
+    tracker: Tracker,
+    display: Display,
+    *,
+    workers: Any,
+    unit: str,
 ) -> dict[str, Any]:
     """Run a loop in Ray Train's workers to its end; returns what it returned on rank 0.
 
     Args:
         loop: of each worker; returns {"error": reason} where starting it again would not help, and {"stopped": count}
-            where it was asked to stop.
-        job: what it is told, as settings["job"], with a board.
+            where it was asked to stop. It is told the job, the progress board, and where rank 0 logs.
+        tracker: of the driver, which owns the MLflow run.
         workers: Ray Train's `ScalingConfig`.
         unit: what the loop counts, for the reader.
 
@@ -47,7 +56,12 @@ def fit(
     board, scratch = start_board(), job.folder / "ray-train"
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"job": replace(job, board=board)},
+        train_loop_config={
+            "job": job,
+            "board": board,
+            "tracking": replace(job.config.tracking, uri=tracker.uri),
+            "mlflow_run": tracker.run_id,
+        },
         torch_config=torch_config(job.config.run.timeout_s),
         scaling_config=workers,
         run_config=ray.train.RunConfig(

@@ -55,7 +55,7 @@ from pipelines.placement import check_fits, computes_on, node_resources, placed,
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.progress import Display
-from pipelines.rollouts import Job
+from pipelines.rollouts import RoundsJob
 from pipelines.rounds import worker_loop
 from pipelines.run_folder import alone, check_same, run_folder, write_json
 from pipelines.tracking import Tracker, tracking_uri
@@ -197,9 +197,8 @@ def _train_and_measure(
         "base": task(measure).remote(*what, paths.base, neighbors=2),
     }
     rows = dict(zip(before, ray.get(list(before.values())), strict=True))
-    with start_actors(config, paths) as job:
-        tracking = replace(config.tracking, uri=tracker.uri)
-        history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
+    with start_actors(config, paths, folder) as job:
+        history = _fit(job, tracker, display)
     display.note("measuring the trained model, then the base at the same token entropy")
     rows["final"] = ray.get(task(measure).remote(*what, folder / "final", watched=WATCHED))
     rows["base_matched"] = ray.get(task(measure).remote(*what, paths.base, rows["final"]["entropy"]))
@@ -224,10 +223,13 @@ def publish_trunk(base: GPT, grpo: GrpoSection) -> Any:
 
 
 @contextmanager
-def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: int = 1) -> Iterator[Job]:
+def start_actors(
+    config: Config, paths: Paths, folder: Path, trunk: Any = None, *, neighbors: int = 1
+) -> Iterator[RoundsJob]:
     """Publish trunk and heads, start the actors, and end them with the body.
 
     Args:
+        folder: of the run.
         trunk: reference of a trunk that is published already; None: publish the base model's.
         neighbors: runs like this one that share a machine, this one included.
     """
@@ -277,10 +279,10 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
         rewards = [start(Reward, options, scoring, scored) for _, options in pairs]
         if share:
             share_on_gpus(started, config.run.timeout_s)
-        yield Job(
+        yield RoundsJob(
             config=config,
             dataset=paths.dataset,
-            folder=Path(),
+            folder=folder,
             blueprint=blueprint,
             remasking=remasking,
             trunk=(trunk,),
@@ -288,13 +290,10 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
             mask_bias=(load_checkpoint(paths.base).state or {}).get("mask_bias"),
             generators=generators,
             rewards=rewards,
-            tracking=config.tracking,
-            board=None,
-            mlflow_run=None,
         )
 
 
-def _fit(job: Job, display: Display) -> list[dict[str, float]]:
+def _fit(job: RoundsJob, tracker: Tracker, display: Display) -> list[dict[str, float]]:
     """Run the rounds on Ray Train; returns the history."""
     import ray
     import ray.train
@@ -308,7 +307,7 @@ def _fit(job: Job, display: Display) -> list[dict[str, float]]:
         placement_strategy=cluster.placement,
     )
     display.phase("adversarial rounds", newest_step(job.folder), grpo.rounds + job.config.warmup_rounds)
-    return fit(worker_loop, job, display, workers=workers, unit="round")["history"]
+    return fit(worker_loop, job, tracker, display, workers=workers, unit="round")["history"]
 
 
 def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from pipelines.fit import fit
 from pipelines.launch import launch, start_ray
 from pipelines.placement import computes_on, node_resources, total
 from pipelines.prepare import prepare
-from pipelines.pretrain_loop import Job, make_trainer, read_curve, worker_loop
+from pipelines.pretrain_loop import PretrainJob, make_trainer, read_curve, worker_loop
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import Ranks
 from pipelines.run_folder import alone, check_same, run_folder, write_json
@@ -112,8 +112,7 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
     with Tracker(tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1) as tracker:
         tracker.dataset(dataset.folder.name, dataset.folder.name, config.data.source, dataset.meta["splits"])
         start_ray()
-        figures = _fit(Job(config=config, dataset=dataset.folder, folder=folder, tracking=tracking, board=None,
-                           mlflow_run=tracker.run_id), display)
+        figures = _fit(PretrainJob(config=config, dataset=dataset.folder, folder=folder), tracker, display)
         if config.pretrain.mode == "generator":
             tracker.figure("pretraining", pretrain_figure(series(read_curve(folder)), target=config.mask_bias.target))
             tracker.model(folder / "best")
@@ -121,7 +120,7 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
         return figures
 
 
-def _fit(job: Job, display: Display) -> dict[str, Any]:
+def _fit(job: PretrainJob, tracker: Tracker, display: Display) -> dict[str, Any]:
     """Run the loop on Ray Train."""
     import ray.train
 
@@ -131,7 +130,7 @@ def _fit(job: Job, display: Display) -> dict[str, Any]:
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
     display.note(f"pretraining {computes_on(nodes, num_workers, 'pretrain.num_workers')}")
     workers = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU")
-    return fit(worker_loop, job, display, workers=workers, unit="step")
+    return fit(worker_loop, job, tracker, display, workers=workers, unit="step")
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:

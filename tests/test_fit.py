@@ -7,7 +7,7 @@ from rich.console import Console
 
 from grpo.config import Config
 from pipelines.fit import fit, reason_of, torch_config
-from pipelines.pretrain_loop import Job
+from pipelines.pretrain_loop import PretrainJob
 from pipelines.progress import Display
 
 TRACE = "Traceback (most recent call last):\n  File ...\nTimeoutError: waited 3 s for scores of round 2\n"
@@ -27,17 +27,18 @@ def ends_with(outcome, folder, monkeypatch):
 
     def loop(settings):
         (settings["job"].folder / "ray-train").mkdir()
-        settings["job"].board.note.remote("begun")
+        assert (settings["tracking"].uri, settings["mlflow_run"]) == ("sqlite:///here", "one")
+        settings["board"].note.remote("begun")
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
-    config, shown = Config(), io.StringIO()
-    job = Job(config=config, dataset=folder, folder=folder, tracking=config.tracking, board=None, mlflow_run=None)
+    shown, tracker = io.StringIO(), SimpleNamespace(uri="sqlite:///here", run_id="one")
+    job = PretrainJob(config=Config(), dataset=folder, folder=folder)
     with Display(Console(file=shown, width=120)) as display:
         try:
-            result = fit(loop, job, display, workers=ScalingConfig(num_workers=1), unit="round")
+            result = fit(loop, job, tracker, display, workers=ScalingConfig(num_workers=1), unit="round")
         except (Exception, SystemExit) as error:
             result = error
     assert not (folder / "ray-train").exists() and shown.getvalue().startswith("begun\n")

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -58,15 +57,15 @@ def run(config, paths, folder, stop_at=None):
     def go(job):
         return train(job, Ranks(), lambda figures, step: None, lambda done, total, figures: done == stop_at)
 
-    with start_actors(config, paths) as job:
-        result = go(replace(job, folder=Path(folder)))
+    with start_actors(config, paths, folder) as job:
+        result = go(job)
     if stop_at:
         assert result["stopped"] == stop_at
         stop_at = None
-        with start_actors(config, paths) as job:
-            result = go(replace(job, folder=Path(folder)))
+        with start_actors(config, paths, folder) as job:
+            result = go(job)
     kept = [{name: value for name, value in row.items() if not name.startswith(WALL)} for row in result["history"]]
-    return kept, load_checkpoint(latest_checkpoint(Path(folder) / "checkpoints")).tensors
+    return kept, load_checkpoint(latest_checkpoint(folder / "checkpoints")).tensors
 
 
 def test_a_trunk_in_bfloat16_stays_so_under_heads_in_float32(paths, tmp_path):
