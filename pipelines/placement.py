@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpo.config import ClusterSection, GrpoSection
+from grpo.config_cluster import KINDS
 
 Resources = dict[str, float]
 EPSILON = 1e-6
@@ -49,10 +50,10 @@ def check_fits(cluster: ClusterSection, grpo: GrpoSection, nodes: list[Resources
     on_gpu = total(nodes, "GPU") > 0
     for resource in ("CPU", "GPU"):
         has = total(nodes, resource)
-        booked = [cluster.booked(kind, on_gpu=on_gpu) for kind in ("generator", "reward", "learner")]
+        booked = [cluster.booked(kind, on_gpu=on_gpu) for kind in KINDS]
         needed = grpo.num_workers * sum(each.get(resource, 0.0) for each in booked)
         if needed > has + EPSILON:
-            keys = ", ".join(f"cluster.{kind}_{resource.lower()}s" for kind in ("generator", "reward", "learner"))
+            keys = ", ".join(f"cluster.{kind}_{resource.lower()}s" for kind in KINDS)
             raise ValueError(
                 f"{keys} must together be at most {has / grpo.num_workers:g} (the cluster has {has:g} {resource}s, "
                 f"grpo.num_workers is {grpo.num_workers}), got {needed / grpo.num_workers:g}"
@@ -67,7 +68,7 @@ def _check_gpus(cluster: ClusterSection, grpo: GrpoSection, gpus: list[float]) -
     Args:
         gpus: of each node that has some.
     """
-    for kind in ("generator", "reward", "learner"):
+    for kind in KINDS:
         if not getattr(cluster, f"{kind}_gpus"):
             raise ValueError(f"cluster.{kind}_gpus must be above 0 where the cluster has GPUs, got 0")
     per_rank = grpo.rollout_actors // grpo.num_workers
