@@ -51,7 +51,7 @@ from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.fit import fit
 from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
-from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
+from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.progress import Display
@@ -150,7 +150,8 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     start_ray()
     nodes = node_resources()
     check_fits(config.cluster, config.grpo, nodes)
-    display.note(f"data: {config.data.source}; {computes_on(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
+    device = computes_on(config.cluster, nodes, config.grpo.num_workers, "grpo.num_workers")
+    display.note(f"data: {config.data.source}; {device}")
     dataset = prepare(config.data, config.run.cache)
     check_enough(config, dataset)
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
@@ -235,7 +236,7 @@ def start_actors(
     """
     import ray
 
-    grpo, device = config.grpo, "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+    grpo, device = config.grpo, "cuda" if on_gpu(config.cluster, node_resources()) else "cpu"
     base = load_model(paths.base)
     blueprint = Blueprint(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
@@ -295,15 +296,14 @@ def start_actors(
 
 def _fit(job: RoundsJob, tracker: Tracker, display: Display) -> list[dict[str, float]]:
     """Run the rounds on Ray Train; returns the history."""
-    import ray
     import ray.train
 
     grpo, cluster = job.config.grpo, job.config.cluster
-    on_gpu = bool(ray.cluster_resources().get("GPU"))
+    use_gpu = on_gpu(cluster, node_resources())
     workers = ray.train.ScalingConfig(
         num_workers=grpo.num_workers,
-        use_gpu=on_gpu,
-        resources_per_worker=cluster.booked("learner", on_gpu=on_gpu),
+        use_gpu=use_gpu,
+        resources_per_worker=cluster.booked("learner", on_gpu=use_gpu),
         placement_strategy=cluster.placement,
     )
     display.phase("adversarial rounds", newest_step(job.folder), grpo.rounds + job.config.warmup_rounds)

@@ -35,7 +35,7 @@ from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.figures import pretrain_figure, series
 from pipelines.fit import fit
 from pipelines.launch import launch, start_ray
-from pipelines.placement import computes_on, node_resources, total
+from pipelines.placement import computes_on, may_grow, node_resources, on_gpu, total
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import PretrainJob, make_trainer, read_curve, worker_loop
 from pipelines.progress import Display, summary_table
@@ -124,11 +124,11 @@ def _fit(job: PretrainJob, tracker: Tracker, display: Display) -> dict[str, Any]
     """Run the loop on Ray Train."""
     import ray.train
 
-    num_workers, nodes = job.config.pretrain.num_workers, node_resources()
-    kind = "GPU" if total(nodes, "GPU") else "CPU"
-    if num_workers > total(nodes, kind):
+    cluster, num_workers, nodes = job.config.cluster, job.config.pretrain.num_workers, node_resources()
+    kind = "GPU" if on_gpu(cluster, nodes) else "CPU"
+    if num_workers > total(nodes, kind) and not may_grow(cluster):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
-    display.note(f"pretraining {computes_on(nodes, num_workers, 'pretrain.num_workers')}")
+    display.note(f"pretraining {computes_on(cluster, nodes, num_workers, 'pretrain.num_workers')}")
     workers = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU")
     return fit(worker_loop, job, tracker, display, workers=workers, unit="step")
 
