@@ -3,8 +3,9 @@
 1. While the actors work (`pipelines/rollouts.py`), the worker prepares the natural text's features; with
    `grpo.max_staleness: 1` it trains on round r while they roll out round r + 1 with the heads of before.
 2. Rank 0 publishes new heads once per round; the others pick the references up.
-3. A checkpoint holds heads, optimisers, controllers, replay buffer, counters, the history of metrics, and the heads of
-   a round that is under way; a resumed run continues with the round after it, and rolls that one out again.
+3. A checkpoint's model is the run's result so far, the averaged policy. Its state holds heads, optimisers, controllers,
+   replay buffer, counters, the history of metrics, and the heads of a round that is under way; a resumed run continues
+   with the round after it, and rolls that one out again.
 4. A failure that the same round would meet again is left on the board, and ends the run instead of repeating it.
 """
 
@@ -118,7 +119,7 @@ def train(
             }
             save_checkpoint(
                 checkpoint_folder(job.folder / "checkpoints", done),
-                learner.model,
+                learner.result,
                 config=to_dict(config),
                 tokenizer=tokenizer,
                 state=state,
