@@ -80,6 +80,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
     folder = run_folder(config.run, f"grpo-{config_hash(config)}")
     with alone(folder), Display() as display:
+        _check_rounds(config, folder)
         paths, config = _prepare(config, display)
         check_same(folder, _what_decides(config, paths))
         save_config(config, folder / "config.yaml")
@@ -129,6 +130,16 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             tracker.artifact(folder / "summary.json")
     _show(config, folder, rows, summary)
     return summary
+
+
+def _check_rounds(config: Config, folder: Path) -> None:
+    """Raise a one-line ValueError where the folder holds more rounds than there should be: none can be taken back."""
+    done = newest_step(folder) - config.warmup_rounds
+    if done > config.grpo.rounds:
+        raise ValueError(
+            f"grpo.rounds must be at least {done}, the rounds that {folder} holds, got {config.grpo.rounds}: "
+            f"grpo.rounds={done} finishes now, and another run.name begins anew"
+        )
 
 
 def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
