@@ -49,7 +49,7 @@ from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.fit import fit
-from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.launch import launch, start_ray
 from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
 from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, task_options
 from pipelines.prepare import prepare
@@ -262,7 +262,7 @@ def start_actors(
     trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors * neighbors), "device": device}
+    common = {"threads": config.run.threads, "neighbors": grpo.rollout_actors * neighbors, "device": device}
     rolling = {
         "settings": config.denoise,
         "remasking": remasking,

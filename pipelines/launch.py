@@ -88,12 +88,6 @@ def start_ray(num_cpus: int | None = None) -> None:
                          "address of one that runs, or unset RAY_ADDRESS for a private one on this machine") from error
 
 
-def worker_threads(requested: int, num_workers: int) -> int:
-    """Torch threads of one of `num_workers` busy processes on this machine; `requested` > 0 wins."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return requested or max(1, cores // num_workers)
-
-
 def _located(config: Config) -> Config:
     """With absolute paths of checkpoints: workers look for them from other folders."""
     sections = {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in CHECKPOINTS}

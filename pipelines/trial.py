@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
+from actors.threads import worker_threads
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
 from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, start_actors
-from pipelines.launch import worker_threads
 from pipelines.measurements import FIGURES, measure
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
