@@ -145,7 +145,8 @@ def loads(measured: Measured, gpus: int, *, samples: int, checkpoint_every: int,
     latency_s = (measured.generator_steps + measured.reward_steps) * REDUCE_LATENCY_S * math.log2(gpus)
     reduce_s = 2 * reduced / (NODE_NETWORK / PER_NODE) + latency_s
     texts = gpus * samples * replay_rounds * BLOCK * 9  # a token's int64 and its mask
-    checkpoint_s = (3 * HEAD_BYTES + texts) / DISK + texts / NODE_NETWORK
+    saved = 4 * PARAMETERS + 5 * HEAD_BYTES + texts  # the model; policy, average and two moments of its heads
+    checkpoint_s = saved / DISK + texts / NODE_NETWORK
     round_s = max(rollout + score, update + reduce_s) if staleness else rollout + score + update + reduce_s
     return {
         "GPU: rollouts and scores": (rollout + score) / round_s,
