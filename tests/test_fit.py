@@ -66,13 +66,13 @@ def test_how_a_loop_ended_is_a_value_an_error_or_an_exit_code(ray_session, tmp_p
 @pytest.mark.ray
 def test_workers_that_find_no_place_are_said_and_not_waited_for_without_end(ray_session, tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.fit.UNBEGUN_S", 1.0)
-    config, shown = Config(run=RunSection(timeout_s=8.0)), io.StringIO()
+    config, shown = Config(run=RunSection(timeout_s=4.0)), io.StringIO()
     job = PretrainJob(config=config, dataset=tmp_path, folder=tmp_path)
     others = placement_group([{"CPU": ray.available_resources()["CPU"]}])
     assert others.wait(30)
     try:
         with Display(Console(file=shown, width=120)) as display:
-            with pytest.raises(RuntimeError, match="not start 2 workers .run.timeout_s is 8, 0 CPUs .* are free.: "):
+            with pytest.raises(RuntimeError, match="not start 2 workers .run.timeout_s is 4, 0 CPUs .* are free.: "):
                 fit(dict, job, TRACKER, display, workers=ScalingConfig(num_workers=2), unit="step")
     finally:
         remove_placement_group(others)
