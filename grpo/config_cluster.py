@@ -14,6 +14,8 @@ KINDS = ("generator", "reward", "learner")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSection:
+    """What each process books of a Ray cluster, and where it is placed."""
+
     device: str = "auto"
     """`auto`: GPUs where the cluster has some when the run begins, else CPUs. `cuda`: GPUs; those that a cluster lacks
     are waited for, for an autoscaler to add."""

@@ -78,6 +78,7 @@ class Dataset:
         return self.tokenizer.vocabulary
 
     def num_tokens(self, split: str) -> int:
+        """Tokens of the split, pads not among them."""
         return self.meta["splits"][split]["tokens"]
 
     def num_bytes(self, split: str) -> int:
@@ -85,6 +86,7 @@ class Dataset:
         return self.meta["splits"][split]["bytes"]
 
     def bytes_per_token(self, split: str) -> float:
+        """Mean UTF-8 bytes of a token: nats per token / this / ln 2 are bits per byte."""
         return self.num_bytes(split) / max(1, self.num_tokens(split))
 
     def __reduce__(self) -> tuple:
