@@ -2,8 +2,8 @@
 
 1. Ray Train starts its workers again after a dead one; the loop goes on from the newest checkpoint of the run's folder,
    so nothing of Ray Train's own storage is kept.
-2. It waits for CPUs and GPUs that are free, as often as it starts again, in all for `run.timeout_s`; its own warnings
-   would say so on every try, so the driver does, once.
+2. It waits for CPUs and GPUs that others hold for a share of `run.timeout_s` each time, and ends after as many times as
+   workers may die. That it waits it logs below the level that is shown, so the driver says it.
 3. `fit` runs beside the main thread, which keeps its signal handlers: SIGTERM and Ctrl-C reach the loop by the board.
 """
 
