@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from actors.threads import worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.checkpoint import load_model
 from grpo.config import DenoiseSection
@@ -20,7 +21,11 @@ ROLLOUT_STREAM = 11
 
 
 class Generator(Tenant):
-    """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor."""
+    """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor.
+
+    Args:
+        neighbors: processes that compute beside this one, this one included; they share the cores.
+    """
 
     def __init__(
         self,
@@ -38,11 +43,12 @@ class Generator(Tenant):
         seed: int,
         lm_residual: int,
         threads: int,
+        neighbors: int = 1,
         device: str = "cpu",
         remasking_model: str = "",
         trainable: Trainable = HEADS,
     ) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(worker_threads(threads, neighbors))
         self.model = mount(
             blueprint,
             "generator",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from actors.threads import worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.reward_functions import resolve_rewards, score_texts
 from grpo.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Reward(Tenant):
 
     Args:
         heads: of the reward model; empty without an adversary.
+        neighbors: processes that compute beside this one, this one included; they share the cores.
         functions: the user's own rewards, `module:function`; they read what `tokenizer` decodes.
     """
 
@@ -50,11 +52,12 @@ class Reward(Tenant):
         heads: Arrays | bytes,
         *,
         threads: int,
+        neighbors: int = 1,
         device: str = "cpu",
         functions: Iterable[str] = (),
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(worker_threads(threads, neighbors))
         heads = fetch(heads)
         self.model = mount(blueprint, "reward", fetch(trunk), heads, device=device) if heads else None
         self.functions, self.tokenizer = resolve_rewards(functions), tokenizer

@@ -34,7 +34,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +193,8 @@ def undisturbed(options: list[str], base: Path, folder: Path) -> None:
     torch.manual_seed(0)
     model = GPT(config.model, tokenizer.vocabulary, block_size=config.data.block_size)
     save_checkpoint(base, model, config={}, tokenizer=tokenizer)
-    with start_actors(config, Paths(dataset=dataset, base=base, judge=Path())) as job:
-        train(replace(job, folder=folder), Ranks(), lambda figures, step: None, lambda done, total, shown: False)
+    with start_actors(config, Paths(dataset=dataset, base=base, judge=Path()), folder) as job:
+        train(job, Ranks(), lambda figures, step: None, lambda done, total, shown: False)
 
 
 def aim(nodes: Nodes, kind: str, rng: random.Random) -> Any:

@@ -85,8 +85,7 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
     base = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size)
     save_checkpoint(scratch / "base", base, config=to_dict(config), tokenizer=dataset.tokenizer)
     paths = Paths(dataset=dataset.folder, base=scratch / "base", judge=Path())
-    with start_actors(config, paths) as job:
-        job = replace(job, folder=scratch / "both")
+    with start_actors(config, paths, scratch / "both") as job:
         both, one = Rollouts(job, Ranks()), Rollouts(replace(job, generators=job.generators[:1],
                                                              rewards=job.rewards[:1]), Ranks())
         seconds: dict[int, list[float]] = {1: [], 2: []}
@@ -107,8 +106,7 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
     for turn in range(2):
         for staleness in (0, 1):
             mine = replace(config, grpo=replace(config.grpo, max_staleness=staleness))
-            with start_actors(mine, paths) as job:
-                job = replace(job, folder=scratch / f"staleness-{staleness}-{turn}")
+            with start_actors(mine, paths, scratch / f"staleness-{staleness}-{turn}") as job:
                 history = train(job, Ranks(), lambda figures, step: None, lambda done, total, shown: False)["history"]
                 histories[staleness] += history[config.warmup_rounds + 1 :]
     medians = {name: statistics.median(row[name] for row in histories[0]) for name in histories[0][0]}
@@ -147,7 +145,8 @@ def loads(measured: Measured, gpus: int, *, samples: int, checkpoint_every: int,
     latency_s = (measured.generator_steps + measured.reward_steps) * REDUCE_LATENCY_S * math.log2(gpus)
     reduce_s = 2 * reduced / (NODE_NETWORK / PER_NODE) + latency_s
     texts = gpus * samples * replay_rounds * BLOCK * 9  # a token's int64 and its mask
-    checkpoint_s = (3 * HEAD_BYTES + texts) / DISK + texts / NODE_NETWORK
+    saved = 4 * PARAMETERS + 5 * HEAD_BYTES + texts  # the model; policy, average and two moments of its heads
+    checkpoint_s = saved / DISK + texts / NODE_NETWORK
     round_s = max(rollout + score, update + reduce_s) if staleness else rollout + score + update + reduce_s
     return {
         "GPU: rollouts and scores": (rollout + score) / round_s,

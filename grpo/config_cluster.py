@@ -16,6 +16,9 @@ KINDS = ("generator", "reward", "learner")
 class ClusterSection:
     """What each process books of a Ray cluster, and where it is placed."""
 
+    device: str = "auto"
+    """`auto`: GPUs where the cluster has some when the run begins, else CPUs. `cuda`: GPUs; those that a cluster lacks
+    are waited for, for an autoscaler to add."""
     generator_cpus: float = 0.0
     """CPUs booked per rank, divided among its generator actors; 0 books none, so that all fit on a small machine."""
     reward_cpus: float = 0.0
@@ -42,6 +45,7 @@ class ClusterSection:
                 check(booked >= 0, f"cluster.{kind}_{resource}", "0 or more", booked)
         check(self.learner_cpus > 0, "cluster.learner_cpus", "above 0", self.learner_cpus)
         check(self.learner_gpus <= 1, "cluster.learner_gpus", "at most 1", self.learner_gpus)
+        one_of("cluster.device", self.device, ("auto", "cuda"))
         one_of("cluster.placement", self.placement, ("PACK", "SPREAD", "STRICT_PACK"))
 
     def booked(self, kind: str, *, per_rank: int = 1, on_gpu: bool = False) -> dict[str, float]:

@@ -35,9 +35,10 @@ class RunSection:
     cache: str = "~/.cache/grpo-diffusion"
     """Folder of prepared data, base models and judges, each named by the hash of what made it."""
     timeout_s: float = 900.0
-    """Seconds after which a wait for actors or other ranks becomes an error that names the phase."""
+    """Seconds after which a wait for actors, other ranks, or free CPUs and GPUs becomes an error that says for what."""
     threads: int = 0
-    """Torch threads per worker process; 0: the cores of this machine divided by the workers."""
+    """Torch threads per worker process; 0: the cores of its machine, within its container's limit, divided by the
+    workers."""
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 1 << 32, "run.seed", "between 0 and 2^32 - 1", self.seed)

@@ -2,12 +2,15 @@
 
 1. Ray Train starts its workers again after a dead one; the loop goes on from the newest checkpoint of the run's folder,
    so nothing of Ray Train's own storage is kept.
-2. `fit` runs beside the main thread, which keeps its signal handlers: SIGTERM and Ctrl-C reach the loop by the board.
+2. It waits for CPUs and GPUs that others hold for a share of `run.timeout_s` each time, and ends after as many times as
+   workers may die. That it waits it logs below the level that is shown, so the driver says it.
+3. `fit` runs beside the main thread, which keeps its signal handlers: SIGTERM and Ctrl-C reach the loop by the board.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import threading
 import time
@@ -16,56 +19,77 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.run_checkpoints import newest_step
-from pipelines.progress import Display, follow, start_board, stop_on_signals
+from pipelines.pretrain_loop import PretrainJob
+from pipelines.progress import Display, Message, follow, start_board, stop_on_signals
+from pipelines.rollouts import RoundsJob
+from pipelines.tracking import Tracker
 
 MAX_FAILURES = 3
 """Times that Ray Train starts again after a worker has died."""
 LEFT_BY_SIGNAL = 143
+UNBEGUN_S = 60.0
+"""Seconds without a worker after which the driver says so."""
 
 
 def fit(
-    loop: Callable[[dict[str, Any]], dict[str, Any]], job: Any, display: Display, *, workers: Any, unit: str
+    loop: Callable[[dict[str, Any]], dict[str, Any]],
+    job: RoundsJob | PretrainJob,
+    tracker: Tracker,
+    display: Display,
+    *,
+    workers: Any,
+    unit: str,
 ) -> dict[str, Any]:
     """Run a loop in Ray Train's workers to its end; returns what it returned on rank 0.
 
     Args:
         loop: of each worker; returns {"error": reason} where starting it again would not help, and {"stopped": count}
-            where it was asked to stop.
-        job: what it is told, as settings["job"], with a board.
+            where it was asked to stop. It is told the job, the progress board, and where rank 0 logs.
+        tracker: of the driver, which owns the MLflow run.
         workers: Ray Train's `ScalingConfig`.
         unit: what the loop counts, for the reader.
 
     Raises:
         ValueError: the loop returned an error.
-        RuntimeError: workers ended too often.
+        RuntimeError: workers ended too often, or could not be started.
         SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written.
     """
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    board, scratch = start_board(), job.folder / "ray-train"
+    timeout_s, board, scratch = job.config.run.timeout_s, start_board(), job.folder / "ray-train"
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s / (MAX_FAILURES + 1))
     trainer = TorchTrainer(
-        loop,
-        train_loop_config={"job": replace(job, board=board)},
-        torch_config=torch_config(job.config.run.timeout_s),
+        _begin,
+        train_loop_config={
+            "loop": loop,
+            "job": job,
+            "board": board,
+            "tracking": replace(job.config.tracking, uri=tracker.uri),
+            "mlflow_run": tracker.run_id,
+        },
+        torch_config=torch_config(timeout_s),
         scaling_config=workers,
         run_config=ray.train.RunConfig(
             name=f"fit-{time.time_ns()}",
             storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    news = follow(lambda: ray.get(board.drain.remote(), timeout=10), display)
+    news = follow(_news(board, workers.num_workers), display)
     try:
         with stop_on_signals(lambda: board.stop.remote()), news:
             result = beside_main_thread(trainer.fit).return_value
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(
-            f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}; the same command goes on "
-            f"after {unit} {newest_step(job.folder)}"
-        ) from error
+        ended = f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}"
+        if isinstance(error, ray.train.ControllerError):
+            ended = (
+                f"Ray Train could not start {workers.num_workers} workers (run.timeout_s is {timeout_s:g}, "
+                f"{_free()}): {reason_of(error)}"
+            )
+        raise RuntimeError(f"{ended}; the same command goes on after {unit} {newest_step(job.folder)}") from error
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -75,6 +99,38 @@ def fit(
         display.note(f"stopped after {unit} {result['stopped']}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)
     return result
+
+
+def _begin(settings: dict[str, Any]) -> dict[str, Any]:
+    """The loop in its worker, which the driver hears of."""
+    settings["board"].begin.remote()
+    return settings["loop"](settings)
+
+
+def _news(board: Any, num_workers: int) -> Callable[[], list[Message]]:
+    """What the board has since the last call, and one line where no worker has begun in `UNBEGUN_S`."""
+    import ray
+
+    told, since = False, time.monotonic()
+
+    def news() -> list[Message]:
+        nonlocal told
+        messages = ray.get(board.drain.remote(), timeout=10)
+        if not told and time.monotonic() - since > UNBEGUN_S:
+            told = True
+            if not ray.get(board.begun.remote(), timeout=10):
+                messages += [Message(note=f"waiting for {num_workers} Ray Train workers to begin: {_free()}")]
+        return messages
+
+    return news
+
+
+def _free() -> str:
+    """CPUs and GPUs that nobody has booked."""
+    import ray
+
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
 
 
 def torch_config(timeout_s: float) -> Any:

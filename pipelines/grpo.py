@@ -50,7 +50,7 @@ from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
 from pipelines.fit import fit
-from pipelines.launch import launch, start_ray, worker_threads
+from pipelines.launch import launch, start_ray
 from pipelines.measurements import (
     check_enough,
     check_splits,
@@ -61,11 +61,11 @@ from pipelines.measurements import (
     measure_natural,
     weak_judge,
 )
-from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
+from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.progress import Display
-from pipelines.rollouts import Job
+from pipelines.rollouts import RoundsJob
 from pipelines.rounds import worker_loop
 from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.tracking import Tracker, tracking_uri
@@ -90,6 +90,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
     folder = run_folder(config.run, f"grpo-{config_hash(config)}")
     with alone(folder), Display() as display:
+        _check_rounds(config, folder)
         paths, config = _prepare(config, display)
         check_same(folder, _what_decides(config, paths))
         save_config(config, folder / "config.yaml")
@@ -145,6 +146,16 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
+def _check_rounds(config: Config, folder: Path) -> None:
+    """Raise a one-line ValueError where the folder holds more rounds than there should be: none can be taken back."""
+    done = newest_step(folder) - config.warmup_rounds
+    if done > config.grpo.rounds:
+        raise ValueError(
+            f"grpo.rounds must be at least {done}, the rounds that {folder} holds, got {config.grpo.rounds}: "
+            f"grpo.rounds={done} finishes now, and another run.name begins anew"
+        )
+
+
 def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
     """What the rounds are a function of: a folder that holds other rounds is not gone on with."""
     sections = to_dict(config)
@@ -164,7 +175,8 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     start_ray()
     nodes = node_resources()
     check_fits(config.cluster, config.grpo, nodes)
-    display.note(f"data: {config.data.source}; {computes_on(nodes, config.grpo.num_workers, 'grpo.num_workers')}")
+    device = computes_on(config.cluster, nodes, config.grpo.num_workers, "grpo.num_workers")
+    display.note(f"data: {config.data.source}; {device}")
     dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
@@ -213,9 +225,8 @@ def _train_and_measure(
     rows = dict(zip(before, ray.get(list(before.values())), strict=True))
     if weak := weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]):
         display.note(weak)
-    with start_actors(config, paths) as job:
-        tracking = replace(config.tracking, uri=tracker.uri)
-        history = _fit(replace(job, folder=folder, tracking=tracking, mlflow_run=tracker.run_id), display)
+    with start_actors(config, paths, folder) as job:
+        history = _fit(job, tracker, display)
     display.note("measuring the trained model, then the base at the same token entropy")
     rows["final"] = ray.get(task(measure).remote(*what, folder / "final", watched=WATCHED))
     rows["base_matched"] = ray.get(task(measure).remote(*what, paths.base, rows["final"]["entropy"]))
@@ -240,16 +251,19 @@ def publish_trunk(base: GPT, grpo: GrpoSection) -> Any:
 
 
 @contextmanager
-def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: int = 1) -> Iterator[Job]:
+def start_actors(
+    config: Config, paths: Paths, folder: Path, trunk: Any = None, *, neighbors: int = 1
+) -> Iterator[RoundsJob]:
     """Publish trunk and heads, start the actors, and end them with the body.
 
     Args:
+        folder: of the run.
         trunk: reference of a trunk that is published already; None: publish the base model's.
         neighbors: runs like this one that share a machine, this one included.
     """
     import ray
 
-    grpo, device = config.grpo, "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+    grpo, device = config.grpo, "cuda" if on_gpu(config.cluster, node_resources()) else "cpu"
     base = load_model(paths.base)
     blueprint = Blueprint(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
@@ -264,7 +278,7 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
     trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    common = {"threads": worker_threads(config.run.threads, grpo.rollout_actors * neighbors), "device": device}
+    common = {"threads": config.run.threads, "neighbors": grpo.rollout_actors * neighbors, "device": device}
     rolling = {
         "settings": config.denoise,
         "remasking": remasking,
@@ -293,10 +307,10 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
         rewards = [start(Reward, options, scoring, scored) for _, options in pairs]
         if share:
             share_on_gpus(started, config.run.timeout_s)
-        yield Job(
+        yield RoundsJob(
             config=config,
             dataset=paths.dataset,
-            folder=Path(),
+            folder=folder,
             blueprint=blueprint,
             remasking=remasking,
             trunk=(trunk,),
@@ -304,27 +318,23 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
             mask_bias=(load_checkpoint(paths.base).state or {}).get("mask_bias"),
             generators=generators,
             rewards=rewards,
-            tracking=config.tracking,
-            board=None,
-            mlflow_run=None,
         )
 
 
-def _fit(job: Job, display: Display) -> list[dict[str, float]]:
+def _fit(job: RoundsJob, tracker: Tracker, display: Display) -> list[dict[str, float]]:
     """Run the rounds on Ray Train; returns the history."""
-    import ray
     import ray.train
 
     grpo, cluster = job.config.grpo, job.config.cluster
-    on_gpu = bool(ray.cluster_resources().get("GPU"))
+    use_gpu = on_gpu(cluster, node_resources())
     workers = ray.train.ScalingConfig(
         num_workers=grpo.num_workers,
-        use_gpu=on_gpu,
-        resources_per_worker=cluster.booked("learner", on_gpu=on_gpu),
+        use_gpu=use_gpu,
+        resources_per_worker=cluster.booked("learner", on_gpu=use_gpu),
         placement_strategy=cluster.placement,
     )
     display.phase("adversarial rounds", newest_step(job.folder), grpo.rounds + job.config.warmup_rounds)
-    return fit(worker_loop, job, display, workers=workers, unit="round")["history"]
+    return fit(worker_loop, job, tracker, display, workers=workers, unit="round")["history"]
 
 
 def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -54,6 +54,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
+def private_ray() -> bool:
+    """Whether `start_ray` starts a Ray on this machine, which no node will join."""
+    return (os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
 def start_ray(num_cpus: int | None = None) -> None:
     """Attach to the cluster of RAY_ADDRESS or of `ray job submit`, else start a private one on this machine.
 
@@ -69,10 +74,10 @@ def start_ray(num_cpus: int | None = None) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {"env_vars": {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}}
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        ray.init(address=address, num_cpus=num_cpus, include_dashboard=False, **options)
+    if private_ray():
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
         return
+    address = os.environ["RAY_ADDRESS"]
     try:
         if address != "auto":  # Ray itself would try for minutes
             parts = urlsplit(address if "://" in address else f"//{address}")
@@ -81,12 +86,6 @@ def start_ray(num_cpus: int | None = None) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"RAY_ADDRESS={address}: no cluster answers there ({str(error).splitlines()[0]}): give the "
                          "address of one that runs, or unset RAY_ADDRESS for a private one on this machine") from error
-
-
-def worker_threads(requested: int, num_workers: int) -> int:
-    """Torch threads of one of `num_workers` busy processes on this machine; `requested` > 0 wins."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return requested or max(1, cores // num_workers)
 
 
 def _located(config: Config) -> Config:

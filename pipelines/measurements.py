@@ -21,6 +21,7 @@ from torch import Tensor
 
 from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
+from actors.threads import worker_threads
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DataSection
@@ -34,7 +35,6 @@ from grpo.reward_functions import resolve_rewards, reward_figure, score_texts
 from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from grpo.tokenizer import Tokenizer
-from pipelines.launch import worker_threads
 from pipelines.live_view import Recorder, token_pieces
 from pipelines.run_folder import alone
 

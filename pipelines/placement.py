@@ -4,10 +4,12 @@
    object store and a fraction of a GPU is one GPU's. Where nothing is booked for them, there is nothing to place, and
    Ray chooses the node.
 2. Inside a placement group (a trial of a sweep) actors take what that group holds.
-3. A demand that the cluster cannot meet is an error and no silent wait. Ray looks for a node by the sum of its GPUs and
-   only there for one GPU that has enough left, the fullest first: fractions must be such that this cannot go wrong.
-4. What a task or a trial computes has no limit of time, so what it books is compared with the cluster before.
-5. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
+3. A demand that the cluster cannot meet is an error and no silent wait; with `cluster.device: cuda` a cluster may grow,
+   so there it is a wait.
+4. Ray looks for a node by the sum of its GPUs and only there for one GPU that has enough left, the fullest first:
+   fractions must be such that this cannot go wrong.
+5. What a task or a trial computes has no limit of time, so what it books is compared with the cluster before.
+6. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
    holds GPUs then (pretraining, other such tasks) ends without it, so it waits at most for its turn.
 """
 
@@ -18,6 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from grpo.config import ClusterSection, GrpoSection
+from grpo.config_cluster import KINDS
+from pipelines.launch import private_ray
 
 Resources = dict[str, float]
 EPSILON = 1e-6
@@ -34,30 +38,54 @@ def total(nodes: list[Resources], resource: str) -> float:
     return sum(node.get(resource, 0.0) for node in nodes)
 
 
-def computes_on(nodes: list[Resources], num_workers: int, key: str) -> str:
+def may_grow(cluster: ClusterSection) -> bool:
+    """Whether nodes with GPUs may come that an autoscaler adds for what is booked."""
+    return cluster.device == "cuda" and not private_ray()
+
+
+def on_gpu(cluster: ClusterSection, nodes: list[Resources]) -> bool:
+    """Whether ranks, actors and tasks get GPUs.
+
+    Raises:
+        ValueError: they must, and this machine has none.
+    """
+    gpus = total(nodes, "GPU")
+    if cluster.device == "cuda" and not gpus and not may_grow(cluster):
+        raise ValueError(
+            "cluster.device is cuda, but Ray sees no CUDA GPU on this machine: set cluster.device=auto to compute on "
+            "CPUs, or RAY_ADDRESS to a cluster with GPUs"
+        )
+    return cluster.device == "cuda" or gpus > 0
+
+
+def computes_on(cluster: ClusterSection, nodes: list[Resources], num_workers: int, key: str) -> str:
     """What a run computes on, for the reader: a GPU that Ray does not see is otherwise missed by nobody.
 
     Args:
         key: that sets `num_workers`.
     """
-    gpus, cpus = total(nodes, "GPU"), total(nodes, "CPU")
-    return f"on {gpus:g} GPUs, {num_workers} of them used ({key})" if gpus else f"on {cpus:g} CPUs, without a GPU"
+    if not on_gpu(cluster, nodes):
+        return f"on {total(nodes, 'CPU'):g} CPUs, without a GPU"
+    gpus = total(nodes, "GPU")
+    if num_workers > gpus:
+        return f"on {num_workers} GPUs ({key}), of which the cluster has {gpus:g} now"
+    return f"on {gpus:g} GPUs, {num_workers} of them used ({key})"
 
 
 def check_fits(cluster: ClusterSection, grpo: GrpoSection, nodes: list[Resources]) -> None:
-    """Raise a one-line ValueError where all ranks together need more than the cluster has."""
-    on_gpu = total(nodes, "GPU") > 0
-    for resource in ("CPU", "GPU"):
+    """Raise a one-line ValueError where all ranks together need more than the cluster has, or ever will."""
+    gpu = on_gpu(cluster, nodes)
+    for resource in () if may_grow(cluster) else ("CPU", "GPU"):
         has = total(nodes, resource)
-        booked = [cluster.booked(kind, on_gpu=on_gpu) for kind in ("generator", "reward", "learner")]
+        booked = [cluster.booked(kind, on_gpu=gpu) for kind in KINDS]
         needed = grpo.num_workers * sum(each.get(resource, 0.0) for each in booked)
         if needed > has + EPSILON:
-            keys = ", ".join(f"cluster.{kind}_{resource.lower()}s" for kind in ("generator", "reward", "learner"))
+            keys = ", ".join(f"cluster.{kind}_{resource.lower()}s" for kind in KINDS)
             raise ValueError(
                 f"{keys} must together be at most {has / grpo.num_workers:g} (the cluster has {has:g} {resource}s, "
                 f"grpo.num_workers is {grpo.num_workers}), got {needed / grpo.num_workers:g}"
             )
-    if on_gpu:
+    if gpu:
         _check_gpus(cluster, grpo, [node["GPU"] for node in nodes if node.get("GPU")])
 
 
@@ -67,7 +95,7 @@ def _check_gpus(cluster: ClusterSection, grpo: GrpoSection, gpus: list[float]) -
     Args:
         gpus: of each node that has some.
     """
-    for kind in ("generator", "reward", "learner"):
+    for kind in KINDS:
         if not getattr(cluster, f"{kind}_gpus"):
             raise ValueError(f"cluster.{kind}_gpus must be above 0 where the cluster has GPUs, got 0")
     per_rank = grpo.rollout_actors // grpo.num_workers
@@ -109,7 +137,7 @@ def task_options(cluster: ClusterSection) -> dict[str, float]:
     nodes = node_resources()
     if total(nodes, "CPU") < 1:
         raise ValueError(f"a measurement takes 1 CPU, the cluster has {total(nodes, 'CPU'):g}: add a node")
-    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=total(nodes, "GPU") > 0).get("GPU", 0)}
+    return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=on_gpu(cluster, nodes)).get("GPU", 0)}
 
 
 def at_once(nodes: list[Resources], *bundles: Resources) -> tuple[int, int]:

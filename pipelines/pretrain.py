@@ -36,9 +36,9 @@ from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.figures import pretrain_figure, series
 from pipelines.fit import fit
 from pipelines.launch import launch, start_ray
-from pipelines.placement import computes_on, node_resources, total
+from pipelines.placement import computes_on, may_grow, node_resources, on_gpu, total
 from pipelines.prepare import prepare
-from pipelines.pretrain_loop import Job, make_trainer, read_curve, worker_loop
+from pipelines.pretrain_loop import PretrainJob, make_trainer, read_curve, worker_loop
 from pipelines.progress import Display, summary_table
 from pipelines.ranks import Ranks
 from pipelines.run_folder import alone, check_same, run_folder
@@ -113,8 +113,7 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
     with Tracker(tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1) as tracker:
         tracker.dataset(dataset.folder.name, dataset.folder.name, config.data.source, dataset.meta["splits"])
         start_ray()
-        figures = _fit(Job(config=config, dataset=dataset.folder, folder=folder, tracking=tracking, board=None,
-                           mlflow_run=tracker.run_id), display)
+        figures = _fit(PretrainJob(config=config, dataset=dataset.folder, folder=folder), tracker, display)
         if config.pretrain.mode == "generator":
             tracker.figure("pretraining", pretrain_figure(series(read_curve(folder)), target=config.mask_bias.target))
             tracker.model(folder / "best")
@@ -122,18 +121,18 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
         return figures
 
 
-def _fit(job: Job, display: Display) -> dict[str, Any]:
+def _fit(job: PretrainJob, tracker: Tracker, display: Display) -> dict[str, Any]:
     """Run the loop on Ray Train."""
     import ray.train
 
-    num_workers, nodes = job.config.pretrain.num_workers, node_resources()
-    kind = "GPU" if total(nodes, "GPU") else "CPU"
-    if num_workers > total(nodes, kind):
+    cluster, num_workers, nodes = job.config.cluster, job.config.pretrain.num_workers, node_resources()
+    kind = "GPU" if on_gpu(cluster, nodes) else "CPU"
+    if num_workers > total(nodes, kind) and not may_grow(cluster):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
-    display.note(f"data: {job.config.data.source}; pretraining "
-                 f"{computes_on(nodes, num_workers, 'pretrain.num_workers')}")
+    device = computes_on(cluster, nodes, num_workers, "pretrain.num_workers")
+    display.note(f"data: {job.config.data.source}; pretraining {device}")
     workers = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU")
-    return fit(worker_loop, job, display, workers=workers, unit="step")
+    return fit(worker_loop, job, tracker, display, workers=workers, unit="step")
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:

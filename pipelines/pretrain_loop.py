@@ -26,7 +26,7 @@ import torch
 from actors.classifier import SequenceScorer, Teacher, TokenClassifier
 from actors.pretrainer import Pretrainer
 from grpo.checkpoint import load_checkpoint, load_into, save_checkpoint
-from grpo.config import Config, TrackingSection
+from grpo.config import Config
 from grpo.config_file import to_dict
 from grpo.data import VALIDATION_WINDOWS_SEED, Cursor, Dataset, open_dataset, windows
 from grpo.metrics import merge_sums
@@ -52,29 +52,23 @@ Log = Callable[[dict[str, float], int, bool], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank is told."""
+class PretrainJob:
+    """What every rank of a pretraining is told."""
 
     config: Config
     dataset: Path
     folder: Path
-    tracking: TrackingSection
-    """With the URI that the driver resolved."""
-    board: Any
-    """Handle of the `ProgressBoard` actor."""
-    mlflow_run: str | None
-    """Id of the driver's run; None while the store is away."""
 
 
 def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each rank."""
-    job: Job = settings["job"]
+    job: PretrainJob = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
     try:
         if ranks.rank > 0:
             return train(job, ranks, lambda done, figures: False, lambda figures, step, settle: None)
         start = newest_step(job.folder)
-        with Tracker(job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
+        with Tracker(settings["tracking"], job.folder, job.folder.name, run_id=settings["mlflow_run"], writer="rank0",
                      start_step=start + 1) as tracker:
 
             def log(figures: dict[str, float], step: int, settle: bool) -> None:
@@ -82,7 +76,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
                 if settle:
                     tracker.flush(SETTLE_S)
 
-            return train(job, ranks, _reporter(job.board, job.config.pretrain.steps), log)
+            return train(job, ranks, _reporter(settings["board"], job.config.pretrain.steps), log)
     except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
         return {"error": str(error)}
 
@@ -118,7 +112,7 @@ def make_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> Pretrainer:
     return learner(model, config, teacher, **vars(ranks))
 
 
-def train(job: Job, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
+def train(job: PretrainJob, ranks: Ranks, report: Report, log: Log) -> dict[str, Any]:
     """Train from the newest checkpoint to the last step, or until `report` says stop.
 
     Returns:

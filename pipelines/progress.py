@@ -47,6 +47,7 @@ class ProgressBoard:
         self._latest: dict[str, Message] = {}
         self._notes: list[Message] = []
         self._stop = False
+        self._begun = False
         self._failure = ""
 
     def report(self, phase: str, done: int, total: int, figures: dict[str, float] | None = None) -> bool:
@@ -67,6 +68,14 @@ class ProgressBoard:
     def stop(self) -> None:
         """Ask the loop to checkpoint and leave at its next round."""
         self._stop = True
+
+    def begin(self) -> None:
+        """Say that a worker runs."""
+        self._begun = True
+
+    def begun(self) -> bool:
+        """Whether a worker has ever run."""
+        return self._begun
 
     def fail(self, reason: str) -> None:
         """Say what ended the loop and would end it again."""

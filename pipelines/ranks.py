@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.launch import worker_threads
+from actors.threads import worker_threads
 
 
 @dataclass(frozen=True, kw_only=True)

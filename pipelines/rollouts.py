@@ -17,14 +17,14 @@ import torch.distributed as dist
 
 from actors.learner import Learner
 from actors.trunk_store import Blueprint, to_tensors
-from grpo.config import Config, TrackingSection
+from grpo.config import Config
 from grpo.data import Batch, Cursor, open_dataset
 from pipelines.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank is told."""
+class RoundsJob:
+    """What every rank of the rounds is told."""
 
     config: Config
     dataset: Path
@@ -42,12 +42,6 @@ class Job:
     """Handles of the generator actors, in the order of the prompts that they own."""
     rewards: list[Any]
     """Handles of the reward actors, one beside each generator."""
-    tracking: TrackingSection
-    """With the URI that the driver resolved."""
-    board: Any
-    """Handle of the `ProgressBoard` actor; None where nobody looks."""
-    mlflow_run: str | None
-    """Run that rank 0 logs to."""
 
 
 def fetch(references: Any, waiting_for: str, timeout_s: float) -> Any:
@@ -97,7 +91,7 @@ class Flight:
 class Rollouts:
     """This rank's actors and its share of each round's rows."""
 
-    def __init__(self, job: Job, ranks: Ranks) -> None:
+    def __init__(self, job: RoundsJob, ranks: Ranks) -> None:
         self.job, grpo = job, job.config.grpo
         share = len(job.generators) // ranks.world
         mine = slice(ranks.rank * share, (ranks.rank + 1) * share)

@@ -3,8 +3,9 @@
 1. While the actors work (`pipelines/rollouts.py`), the worker prepares the natural text's features; with
    `grpo.max_staleness: 1` it trains on round r while they roll out round r + 1 with the heads of before.
 2. Rank 0 publishes new heads once per round; the others pick the references up.
-3. A checkpoint holds heads, optimisers, controllers, replay buffer, counters, the history of metrics, and the heads of
-   a round that is under way; a resumed run continues with the round after it, and rolls that one out again.
+3. A checkpoint's model is the run's result so far, the averaged policy. Its state holds heads, optimisers, controllers,
+   replay buffer, counters, the history of metrics, and the heads of a round that is under way; a resumed run continues
+   with the round after it, and rolls that one out again.
 4. A failure that the same round would meet again is left on the board, and ends the run instead of repeating it.
 """
 
@@ -28,7 +29,7 @@ from grpo.reward_functions import RewardFunctionError
 from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
-from pipelines.rollouts import Job, Rollouts, fetch, newest_heads, publish
+from pipelines.rollouts import Rollouts, RoundsJob, fetch, newest_heads, publish
 from pipelines.tracking import Tracker
 
 SHOWN = ("reward", "p_natural", "reward_accuracy", "kl", "entropy")
@@ -42,34 +43,35 @@ Report = Callable[[int, int, dict[str, float]], bool]
 
 def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each rank; returns what `train` does, or {"error": reason}."""
-    job: Job = settings["job"]
+    job: RoundsJob = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
-    timeout_s = job.config.run.timeout_s
-    if reason := fetch(job.board.failure.remote(), "the progress board", timeout_s):
+    board, timeout_s = settings["board"], job.config.run.timeout_s
+    if reason := fetch(board.failure.remote(), "the progress board", timeout_s):
         return {"error": reason}
 
     def report(done: int, total: int, figures: dict[str, float]) -> bool:
-        answer = job.board.report.remote("adversarial rounds", done, total, figures)
+        answer = board.report.remote("adversarial rounds", done, total, figures)
         return fetch(answer, "the progress board", timeout_s)
 
     try:
         if ranks.rank > 0:
             return train(job, ranks, lambda figures, step: None, report)
-        with Tracker(
-            job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=1, writer="rank0"
-        ) as tracker:
-            return train(job, ranks, tracker.log, report)
+        tracking, run_id = settings["tracking"], settings["mlflow_run"]
+        with Tracker(tracking, job.folder, job.folder.name, run_id=run_id, start_step=1, writer="rank0") as tracker:
+            return train(job, ranks, tracker.log, report, board.note.remote)
     except (RewardFunctionError, FloatingPointError) as error:
         reason = getattr(error, "cause", error)  # an actor's error carries its traceback in its text
         reason = f"{reason}; the same command goes on after round {newest_step(job.folder)}"
-        fetch(job.board.fail.remote(reason), "the progress board", timeout_s)
+        fetch(board.fail.remote(reason), "the progress board", timeout_s)
         if ranks.world == 1:
             return {"error": reason}
         raise  # the other ranks wait for this one; Ray Train starts all of them again, and they find the reason
 
 
-def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
-    """All rounds, from the newest checkpoint on; rank 0 logs and reports.
+def train(
+    job: RoundsJob, ranks: Ranks, log: Log, report: Report, note: Callable[[str], object] = lambda text: None
+) -> dict[str, Any]:
+    """All rounds, from the newest checkpoint on; rank 0 logs, reports, and notes what should stay on the screen.
 
     Returns:
         The history, and {"stopped": round} if `report` said stop.
@@ -117,7 +119,7 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
             }
             save_checkpoint(
                 checkpoint_folder(job.folder / "checkpoints", done),
-                learner.model,
+                learner.result,
                 config=to_dict(config),
                 tokenizer=dataset.tokenizer,
                 state=state,
@@ -142,8 +144,8 @@ def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:
         if round >= warmup:
             earlier = learner.back_offs
             metrics |= learner.generator_phase(round, rollouts, scores, now.prompts, source.prompts)
-            if learner.back_offs > earlier and ranks.rank == 0 and job.board:
-                job.board.note.remote(
+            if learner.back_offs > earlier and ranks.rank == 0:
+                note(
                     f"round {round + 1}: the policy's entropy fell to {metrics['entropy']:.2f} nats, below "
                     f"grpo.entropy_floor ({grpo.entropy_floor} of {learner.first_entropy:.2f}): back to the averaged "
                     f"policy, at half the learning rate"

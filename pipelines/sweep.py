@@ -45,7 +45,7 @@ from pipelines.fit import beside_main_thread
 from pipelines.grpo import publish_trunk
 from pipelines.launch import launch, start_ray
 from pipelines.measurements import check_enough, fit_judge, measure_natural
-from pipelines.placement import at_once, check_fits, node_resources, task_options
+from pipelines.placement import at_once, check_fits, node_resources, on_gpu, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
@@ -167,7 +167,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     display.note("waiting for the judge")
     judge = ray.get(judge)
     natural = ray.get(task(measure_natural).remote(config, dataset, judge))
-    on_gpu = bool(ray.cluster_resources().get("GPU"))
+    gpu = on_gpu(config.cluster, node_resources())
     return Shared(
         config=config,
         folder=folder,
@@ -178,8 +178,8 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         entropy=natural["entropy"],
         tracking=replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output)),
         mlflow_run=None,
-        device="cuda" if on_gpu else "cpu",
-        neighbors=min(at_once(node_resources(), *_bundles(config, on_gpu))[1], num_trials(config.sweep)),
+        device="cuda" if gpu else "cpu",
+        neighbors=min(at_once(node_resources(), *_bundles(config, gpu))[1], num_trials(config.sweep)),
     )
 
 
@@ -219,7 +219,7 @@ def _search(shared: Shared, display: Display) -> None:
             metric=sweep.objective,
             mode=sweep.mode,
             num_samples=_samples(sweep),
-            max_concurrent_trials=at_once(node_resources(), *bundles)[0],
+            max_concurrent_trials=max(1, at_once(node_resources(), *bundles)[0]),
             search_alg=_searcher(shared.config, [trial["values"] for trial in known]),
             scheduler=ASHAScheduler(max_t=reports, grace_period=1, reduction_factor=2) if sweep.asha else None,
         ),

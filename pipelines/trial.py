@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from actors.threads import worker_threads
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.files import write_json
@@ -33,11 +34,10 @@ from grpo.metrics import overshoot, settle_index
 from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, start_actors
-from pipelines.launch import worker_threads
 from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
-from pipelines.rollouts import Job
+from pipelines.rollouts import RoundsJob
 from pipelines.run_folder import alone
 from pipelines.tracking import Tracker
 
@@ -104,7 +104,7 @@ class Trial:
         self.base, self.ranks = shared.base or self.folder / "base" / "best", Ranks(device=shared.device)
         self.open, self.reported = ExitStack(), 0
         self.tracker: Tracker | None = None
-        self.job: Job | None = None
+        self.job: RoundsJob | None = None
         self.open.enter_context(alone(self.folder))
         self.record = read_trial(self.folder) or {
             "trial": self.folder.name,
@@ -188,8 +188,7 @@ class Trial:
         for row in read_curve(folder):  # as for the rounds: what the store has is not stored twice
             if row["step"] <= newest:
                 log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
-        job = pretrain_loop.Job(config=self.config, dataset=self.shared.dataset, folder=folder,
-                                tracking=self.shared.tracking, board=None, mlflow_run=None)
+        job = pretrain_loop.PretrainJob(config=self.config, dataset=self.shared.dataset, folder=folder)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
         figures |= settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
         return {name: figures[name] for name in PRETRAINED if name in figures}
@@ -205,8 +204,8 @@ class Trial:
             paths = Paths(dataset=self.shared.dataset, base=self.base, judge=self.shared.judge)
             same = self.config.grpo.trunk_dtype == self.shared.config.grpo.trunk_dtype
             trunk = self.shared.trunk[0] if self.shared.trunk and same else None
-            neighbors = self.shared.neighbors
-            self.job = self.open.enter_context(start_actors(self.config, paths, trunk, neighbors=neighbors))
+            actors = start_actors(self.config, paths, self.folder, trunk, neighbors=self.shared.neighbors)
+            self.job = self.open.enter_context(actors)
             self.logged = 0
 
         def log(figures: dict[str, float], round: int) -> None:
@@ -215,7 +214,7 @@ class Trial:
                 self.logged = round
 
         grpo = replace(self.config.grpo, rounds=self._rounds_until(stretch))
-        job = replace(self.job, config=replace(self.config, grpo=grpo), folder=self.folder)
+        job = replace(self.job, config=replace(self.config, grpo=grpo))
         history = rounds.train(job, self.ranks, log, lambda done, total, figures: False)["history"]
         first = self.config.warmup_rounds + self._rounds_until(stretch - 1)
         rows = [row for row in history if row["step"] > first]

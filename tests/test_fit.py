@@ -2,15 +2,18 @@ import io
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.train import ScalingConfig, WorkerGroupError
+from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
-from grpo.config import Config
+from grpo.config import Config, RunSection
 from pipelines.fit import fit, reason_of, torch_config
-from pipelines.pretrain_loop import Job
+from pipelines.pretrain_loop import PretrainJob
 from pipelines.progress import Display
 
 TRACE = "Traceback (most recent call last):\n  File ...\nTimeoutError: waited 3 s for scores of round 2\n"
+TRACKER = SimpleNamespace(uri="sqlite:///here", run_id="one")
 
 
 def test_what_ended_the_workers_is_one_line():
@@ -27,17 +30,18 @@ def ends_with(outcome, folder, monkeypatch):
 
     def loop(settings):
         (settings["job"].folder / "ray-train").mkdir()
-        settings["job"].board.note.remote("begun")
+        assert (settings["tracking"].uri, settings["mlflow_run"]) == ("sqlite:///here", "one")
+        settings["board"].note.remote("begun")
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
-    config, shown = Config(), io.StringIO()
-    job = Job(config=config, dataset=folder, folder=folder, tracking=config.tracking, board=None, mlflow_run=None)
+    shown = io.StringIO()
+    job = PretrainJob(config=Config(), dataset=folder, folder=folder)
     with Display(Console(file=shown, width=120)) as display:
         try:
-            result = fit(loop, job, display, workers=ScalingConfig(num_workers=1), unit="round")
+            result = fit(loop, job, TRACKER, display, workers=ScalingConfig(num_workers=1), unit="round")
         except (Exception, SystemExit) as error:
             result = error
     assert not (folder / "ray-train").exists() and shown.getvalue().startswith("begun\n")
@@ -57,3 +61,19 @@ def test_how_a_loop_ended_is_a_value_an_error_or_an_exit_code(ray_session, tmp_p
         "a worker ended 4 times, the last time by TimeoutError: waited 3 s for scores of round 2; the same command "
         "goes on after round 0"
     )
+
+
+@pytest.mark.ray
+def test_workers_that_find_no_place_are_said_and_not_waited_for_without_end(ray_session, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.fit.UNBEGUN_S", 1.0)
+    config, shown = Config(run=RunSection(timeout_s=4.0)), io.StringIO()
+    job = PretrainJob(config=config, dataset=tmp_path, folder=tmp_path)
+    others = placement_group([{"CPU": ray.available_resources()["CPU"]}])
+    assert others.wait(30)
+    try:
+        with Display(Console(file=shown, width=120)) as display:
+            with pytest.raises(RuntimeError, match="not start 2 workers .run.timeout_s is 4, 0 CPUs .* are free.: "):
+                fit(dict, job, TRACKER, display, workers=ScalingConfig(num_workers=2), unit="step")
+    finally:
+        remove_placement_group(others)
+    assert shown.getvalue() == "waiting for 2 Ray Train workers to begin: 0 CPUs and 0 GPUs are free\n"

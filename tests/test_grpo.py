@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.faults import TIMES, Nodes, Run, difference, finished
-from grpo.checkpoint import load_checkpoint, load_model
+from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
 from grpo.config import (
     Config,
     CriticSection,
@@ -25,8 +25,9 @@ from grpo.config import (
     SamplerSection,
 )
 from grpo.config_file import from_dict, load_config, save_config
-from grpo.run_checkpoints import newest_step
+from grpo.run_checkpoints import checkpoint_folder, newest_step
 from pipelines.grpo import _show, main
+from tests.small_gpt import make
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("natural", "base", "base_matched", "final")
@@ -207,6 +208,19 @@ def test_a_reward_that_nobody_has_is_said_before_anything_starts(tmp_path, rewar
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_rounds_than_a_run_has_done_is_said_before_anything_starts(tmp_path):
+    folder = tmp_path / "longer"
+    save_checkpoint(checkpoint_folder(folder / "checkpoints", 12), make(), config={})
+    config = Config(
+        run=RunSection(output=str(tmp_path), cache=str(tmp_path / "cache"), name="longer"),
+        grpo=GrpoSection(rounds=9),
+        reward=RewardSection(warmup_rounds=2),
+    )
+    with pytest.raises(ValueError, match=f"^grpo.rounds must be at least 10, the rounds that {folder} holds, got 9: "):
+        main(config, None)
+    assert not (tmp_path / "cache").exists() and not (folder / "config.yaml").exists()
 
 
 @pytest.mark.ray

@@ -104,8 +104,23 @@ def test_every_rank_gets_a_gpu_of_its_own():
 
 
 def test_a_run_says_what_it_computes_on():
-    assert computes_on([{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}], 1, "a.b") == "on 2 GPUs, 1 of them used (a.b)"
-    assert computes_on([{"CPU": 4.0}, {"CPU": 2.0}], 1, "a.b") == "on 6 CPUs, without a GPU"
+    auto, nodes = ClusterSection(), [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
+    assert computes_on(auto, nodes, 1, "a.b") == "on 2 GPUs, 1 of them used (a.b)"
+    assert computes_on(auto, [{"CPU": 4.0}, {"CPU": 2.0}], 1, "a.b") == "on 6 CPUs, without a GPU"
+
+
+def test_gpus_that_are_asked_for_are_waited_for_on_a_cluster_and_missed_on_a_machine(monkeypatch):
+    cuda, nodes = ClusterSection(device="cuda"), [{"CPU": 2.0}]
+    monkeypatch.setattr("pipelines.placement.node_resources", lambda: nodes)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    check_fits(cuda, GRPO, nodes)
+    assert computes_on(cuda, nodes, 2, "a.b") == "on 2 GPUs (a.b), of which the cluster has 0 now"
+    assert task_options(cuda) == {"num_cpus": 1, "num_gpus": 0.4}
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(ValueError, match="^cluster.device is cuda, but Ray sees no CUDA GPU on this machine: set "):
+        check_fits(cuda, GRPO, nodes)
+    with pytest.raises(ValueError, match="cluster.generator_gpus, .* must together be at most 0.5 "):
+        check_fits(cuda, GRPO, [{"CPU": 2.0, "GPU": 1.0}])
 
 
 @pytest.mark.parametrize("resources, gpus", [({"CPU": 4.0}, 0), ({"CPU": 4.0, "GPU": 2.0}, 0.25)])

@@ -32,7 +32,7 @@ from grpo.data import make_dataset
 from grpo.run_checkpoints import newest_step
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
-from pipelines.pretrain_loop import Job, read_curve, train
+from pipelines.pretrain_loop import PretrainJob, read_curve, train
 from pipelines.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def dataset(tmp_path_factory):
 def run(config, dataset, folder, stop_at=None, **ranks):
     """The loop alone, without Ray; returns its figures and what it logged."""
     logged = []
-    job = Job(config=config, dataset=dataset, folder=folder, tracking=config.tracking, board=None, mlflow_run=None)
+    job = PretrainJob(config=config, dataset=dataset, folder=folder)
     result = train(job, Ranks(**ranks), lambda done, figures: done == stop_at,
                    lambda figures, step, settle: logged.append((step, figures)))
     return result, logged

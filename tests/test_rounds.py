@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -58,15 +57,17 @@ def run(config, paths, folder, stop_at=None):
     def go(job):
         return train(job, Ranks(), lambda figures, step: None, lambda done, total, figures: done == stop_at)
 
-    with start_actors(config, paths) as job:
-        result = go(replace(job, folder=Path(folder)))
+    with start_actors(config, paths, folder) as job:
+        result = go(job)
     if stop_at:
         assert result["stopped"] == stop_at
         stop_at = None
-        with start_actors(config, paths) as job:
-            result = go(replace(job, folder=Path(folder)))
+        with start_actors(config, paths, folder) as job:
+            result = go(job)
     kept = [{name: value for name, value in row.items() if not name.startswith(WALL)} for row in result["history"]]
-    return kept, load_checkpoint(latest_checkpoint(Path(folder) / "checkpoints")).tensors
+    newest = load_checkpoint(latest_checkpoint(folder / "checkpoints"))
+    policy = {name: tensor for name, tensor in newest.state["learner"].items() if name.startswith("policy.")}
+    return kept, newest.tensors | policy
 
 
 def test_a_trunk_in_bfloat16_stays_so_under_heads_in_float32(paths, tmp_path):
@@ -81,6 +82,9 @@ def test_a_trunk_in_bfloat16_stays_so_under_heads_in_float32(paths, tmp_path):
         assert kept.dtype == torch.bfloat16 and torch.equal(kept, tensor.bfloat16())
     assert {parameter.dtype for parameter in final.heads.parameters()} == {torch.float32}
     assert not torch.equal(final.heads["lm"].matrix, base["trunk.wte.weight"])
+    saved = {name: tensor for name, tensor in tensors.items() if not name.startswith("policy.")}
+    assert all(torch.equal(saved[name], tensor) for name, tensor in load_checkpoint(tmp_path / "final").tensors.items())
+    assert not torch.equal(tensors["policy.lm.matrix"], saved["heads.lm.matrix"])  # but the average
     with pytest.raises(ValueError, match="grpo.trunk_dtype must be float32 unless grpo.trainable is heads, got 'bfl"):
         configure(trunk_dtype="bfloat16", trainable="lora")
 
