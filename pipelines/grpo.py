@@ -87,7 +87,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         with Tracker(
             config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_round(folder) + 1
         ) as tracker:
-            tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
+            tracker.dataset(paths.dataset, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
             summary = {
                 "wall_s": time.monotonic() - started,

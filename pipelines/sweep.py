@@ -74,7 +74,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         save_config(config, folder / "config.yaml")
         with Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
             meta = open_dataset(shared.dataset).meta
-            tracker.dataset(shared.dataset.name, shared.dataset.name, config.data.source, meta["splits"])
+            tracker.dataset(shared.dataset, config.data.source, meta["splits"])
             _search(replace(shared, mlflow_run=tracker.run_id), display)
             trials = read_trials(folder)
             best = best_trial(trials, config.sweep)

@@ -135,9 +135,9 @@ class Tracker:
         if self._keep(self.folder / "figures" / f"{name}.png", lambda path: figure.savefig(path, dpi=150)):
             self.artifact(self.folder / "figures" / f"{name}.png", "figures")
 
-    def dataset(self, name: str, fingerprint: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Note the training data: name, sha256, where it came from, and its counts."""
-        self._add({"do": "dataset", "name": name, "digest": fingerprint[:36], "source": source,
+    def dataset(self, folder: Path, source: str, profile: Mapping[str, Any]) -> None:
+        """Note the training data: its folder, which is named by what decides it, where it came from, and its counts."""
+        self._add({"do": "dataset", "name": folder.name, "source": source,
                    "profile": json.dumps(dict(profile), default=str)})
 
     def flush(self, timeout_s: float = 30.0) -> bool:
@@ -332,7 +332,7 @@ class Tracker:
             if entry not in known:
                 client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps([*known, entry]))
         elif do == "dataset":
-            data = Dataset(record["name"], record["digest"], "local", json.dumps({"uri": record["source"]}),
+            data = Dataset(record["name"], record["name"][:36], "local", json.dumps({"uri": record["source"]}),
                            profile=record["profile"])
             client.log_inputs(self._run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
         else:
