@@ -38,6 +38,7 @@ from grpo.data import Dataset, open_dataset, windows
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import pretrain_figure, series
 from pipelines.launch import launch, run_folder, start_ray, write_json
+from pipelines.metric_names import flatten
 from pipelines.placement import computes_on, node_resources, total
 from pipelines.prepare import prepare
 from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
@@ -184,18 +185,11 @@ def check_same(folder: Path, decides: dict[str, Any], begun: bool = False) -> No
     if not path.exists() or not (begun or newest_step(folder) or (folder / "best").exists()):
         write_json(path, decides)
         return
-    before, now = (_flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
+    before, now = (flatten(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ValueError(f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}: choose another "
                              "run.name, or delete that folder")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:

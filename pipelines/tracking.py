@@ -33,7 +33,7 @@ from typing import Any
 
 from grpo.config import TrackingSection
 from pipelines.launch import write_json
-from pipelines.metric_names import MetricNames, flatten
+from pipelines.metric_names import MetricNames, params
 from pipelines.mlflow_model import save_model
 
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
@@ -269,11 +269,11 @@ class Tracker:
     def _log_config(self, client: Any, run: Any) -> None:
         from mlflow.entities import Param, RunTag
 
-        flat, known = flatten(self._config), run.data.params
-        params = [Param(key, value) for key, value in flat.items() if key not in known]
-        tags = [RunTag(f"resumed_with.{key}", value) for key, value in flat.items() if known.get(key, value) != value]
-        for start in range(0, len(params), 100):
-            client.log_batch(run.info.run_id, params=params[start: start + 100])
+        given, known = params(self._config), run.data.params
+        new = [Param(key, value) for key, value in given.items() if key not in known]
+        tags = [RunTag(f"resumed_with.{key}", value) for key, value in given.items() if known.get(key, value) != value]
+        for start in range(0, len(new), 100):
+            client.log_batch(run.info.run_id, params=new[start: start + 100])
         for start in range(0, len(tags), 100):
             client.log_batch(run.info.run_id, tags=tags[start: start + 100])
         client.log_dict(run.info.run_id, dict(self._config), "config.yaml")

@@ -152,12 +152,8 @@ class Trial:
         write_json(self.folder / "trial.json", self.record)
 
     def _track(self) -> None:
-        nested: dict[str, dict[str, Any]] = {}
-        for key, value in self.record["values"].items():
-            section, _, name = key.partition(".")
-            nested.setdefault(section, {})[name] = value
         self.tracker = self.open.enter_context(
-            Tracker(self.shared.tracking, self.folder, self.folder.name, config=nested,
+            Tracker(self.shared.tracking, self.folder, self.folder.name, config=self.record["values"],
                     parent_run_id=self.shared.mlflow_run)
         )
         save_config(self.config, self.folder / "config.yaml")
