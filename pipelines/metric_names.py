@@ -59,7 +59,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def params(config: Mapping[str, Any]) -> dict[str, str]:
-    """A resolved config as MLflow's params; values over 500 characters are cut."""
-    texts = {key: str(value) for key, value in flatten(config).items()}
+    """A resolved config as MLflow's params, by names that a server takes; values over 500 characters are cut."""
+    texts = {metric_name(key): str(value) for key, value in flatten(config).items()}
     return {key: text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
             for key, text in texts.items()}

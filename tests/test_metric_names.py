@@ -36,6 +36,10 @@ def test_two_names_that_become_one_are_refused():
         names("//")
 
 
+def test_a_param_is_named_as_every_server_takes_it():
+    assert params({"grpo": {"rewards": {"my_module:score": 1.0}}}) == {"grpo.rewards.my_module_score": "1.0"}
+
+
 def test_config_is_flattened_and_long_values_are_cut():
     config = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "x" * 9000}
     assert flatten(config) == {"a.b": 1, "a.c.d": [1, 2], "e": "x" * 9000} == flatten(flatten(config))
