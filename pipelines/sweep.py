@@ -51,7 +51,7 @@ from pipelines.progress import Display, summary_table
 from pipelines.ranks import beside_main_thread
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
-from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, read_trial, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, new_record, read_trial, trial_folder
 
 SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "cluster", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""
@@ -300,9 +300,10 @@ def _news(shared: Shared, display: Display, total: int) -> Any:
             nonlocal ended
             ended += 1
             folder = trial_folder(shared.folder, trial.config)
-            record = read_trial(folder)
+            record = read_trial(folder) or new_record(folder, trial.config)  # none: it died before its first word
             if record["status"] == "running":
                 record |= {"status": status, "reason": reason}
+                folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "trial.json", record)
             told = record.get("reason") or f"{sweep.objective} {record['reports'][-1][sweep.objective]:.4g}"
             display.note(f"trial {record['trial']} {record['status']}: {told}")

@@ -85,31 +85,25 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def new_record(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The record of a trial that begins."""
+    return {"trial": folder.name, "values": values, "status": "running", "started": time.time(), "wall_s": 0.0,
+            "reports": []}
+
+
 class Trial:
     """A trial in a process: `step` gives one report after another, `close` lets go of actors and tracking."""
 
     def __init__(self, shared: Shared, values: dict[str, Any]) -> None:
-        config = with_values(shared.config, values, "sweep.space")
-        single = {"num_workers": 1, "rollout_actors": 1}
-        self.config = replace(
-            config, grpo=replace(config.grpo, **single), pretrain=replace(config.pretrain, num_workers=1)
-        )
         self.shared, self.folder = shared, trial_folder(shared.folder, values)
         self.base, self.ranks = shared.base or self.folder / "base" / "best", Ranks(device=shared.device)
         self.open, self.reported = ExitStack(), 0
         self.tracker: Tracker | None = None
         self.job: Job | None = None
         self.open.enter_context(alone(self.folder))
-        self.record = read_trial(self.folder) or {
-            "trial": self.folder.name,
-            "values": values,
-            "status": "running",
-            "started": time.time(),
-            "wall_s": 0.0,
-            "reports": [],
-        }
+        self.record = read_trial(self.folder) or new_record(self.folder, values)
         write_json(self.folder / "trial.json", self.record)
-        torch.set_num_threads(worker_threads(self.config.run.threads, shared.neighbors))
+        torch.set_num_threads(worker_threads(shared.config.run.threads, shared.neighbors))
 
     def step(self) -> dict[str, float]:
         """The next report: figures so far, the first one after pretraining, then one after each stretch of rounds."""
@@ -130,9 +124,9 @@ class Trial:
 
     def _advance(self) -> None:
         """Make the next report."""
-        started, sweep = time.monotonic(), self.config.sweep
+        started, sweep = time.monotonic(), self.shared.config.sweep
         if self.tracker is None:
-            self._track()
+            self._begin()
         figures = self._rounds(self.reported) if self.reported else self._pretrain()
         newest = self.folder / "final" if self.reported else self.base
         row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy,
@@ -151,7 +145,13 @@ class Trial:
         self.tracker.flush()  # what is on record is not logged again
         write_json(self.folder / "trial.json", self.record)
 
-    def _track(self) -> None:
+    def _begin(self) -> None:
+        """Resolve the config, which may refuse this combination of values, and start tracking."""
+        config = with_values(self.shared.config, self.record["values"], "sweep.space")
+        single = {"num_workers": 1, "rollout_actors": 1}
+        self.config = replace(
+            config, grpo=replace(config.grpo, **single), pretrain=replace(config.pretrain, num_workers=1)
+        )
         self.tracker = self.open.enter_context(
             Tracker(self.shared.tracking, self.folder, self.folder.name, config=self.record["values"],
                     parent_run_id=self.shared.mlflow_run)

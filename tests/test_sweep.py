@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,9 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
+from pipelines.progress import Display
 from pipelines.sweep import (
+    _news,
     _own_bases,
     _searcher,
     best_trial,
@@ -35,7 +38,7 @@ from pipelines.sweep import (
     num_trials,
     read_trials,
 )
-from pipelines.trial import MEASURED, PRETRAINED, settling, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, settling, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
@@ -132,6 +135,30 @@ def test_a_failed_trial_is_reported_with_its_reason(swept):
         assert not failed or "became" in trial["reason"] and "\n" not in trial["reason"]
     rows = json.loads((folder / "tables" / "trials.json").read_text())["data"]
     assert [row[-1].partition(":")[0] for row in rows] == ["finished", "finished", "failed", "failed"]
+
+
+@pytest.fixture
+def shared(config, tmp_path):
+    """What trials share that never come to their data."""
+    return Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=None, trunk=None, entropy=0.0,
+                  tracking=config.tracking, mlflow_run=None, device="cpu", neighbors=1)
+
+
+def test_values_that_only_together_are_refused_fail_one_trial(shared):
+    for error in (ValueError, RuntimeError):  # Tune tries again, and reads the reason off the record
+        trial = Trial(shared, {"critic.start": 9, "critic.end": 7})
+        with pytest.raises(error, match="critic.start must be between 0 and critic.end"):
+            trial.step()
+        trial.close()
+    (record,) = read_trials(shared.folder)
+    assert record["status"] == "failed" and "critic.start must be" in record["reason"]
+
+
+def test_a_trial_that_died_before_its_first_word_is_on_record(shared):
+    ended = SimpleNamespace(config={"critic.start": 9, "critic.end": 7})
+    _news(shared, Display(), 1).on_trial_error(0, [ended], ended)
+    (record,) = read_trials(shared.folder)
+    assert (record["status"], record["values"]) == ("failed", ended.config) and "died" in record["reason"]
 
 
 @pytest.mark.ray
