@@ -156,19 +156,28 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
-    shape = load_model(base)
-    check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
-    check_splits(base, config.data, "grpo.base")
-    if shape.block_size != config.data.block_size:
-        raise ValueError(
-            f"grpo.base {base} was trained with data.block_size {shape.block_size}, got {config.data.block_size}"
-        )
-    residual = shape.residual
-    if residual not in (0, config.grpo.residual):
-        raise ValueError(f"grpo.residual must be {residual}, as in grpo.base {base}, got {config.grpo.residual}")
+    shape = check_base(base, config, dataset)
     _credits(config, resolve_policy(config.denoise.remasking, shape, classifier))
     display.note("waiting for the judge")
     return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
+
+
+def check_base(base: Path, config: Config, dataset: Path) -> GPT:
+    """The base model of the rounds.
+
+    Raises:
+        ValueError: it does not fit the data or `grpo.residual`.
+    """
+    model = load_model(base)
+    check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
+    check_splits(base, config.data, "grpo.base")
+    if model.block_size != config.data.block_size:
+        raise ValueError(
+            f"grpo.base {base} was trained with data.block_size {model.block_size}, got {config.data.block_size}"
+        )
+    if model.residual not in (0, config.grpo.residual):
+        raise ValueError(f"grpo.residual must be {model.residual}, as in grpo.base {base}, got {config.grpo.residual}")
+    return model
 
 
 def _credits(config: Config, remasking: str) -> tuple[str, bool]:

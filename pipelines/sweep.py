@@ -33,14 +33,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict, with_values
 from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
-from pipelines.grpo import publish_trunk
+from pipelines.grpo import check_base, publish_trunk
 from pipelines.launch import launch, run_folder, start_ray, write_json
 from pipelines.measurements import check_enough, fit_judge, measure_natural
 from pipelines.placement import at_once, check_fits, node_resources, task_options
@@ -55,6 +54,8 @@ from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, new_record, rea
 
 SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "cluster", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""
+SHARED_KEYS = ("grpo.base", "grpo.num_workers", "grpo.rollout_actors", "pretrain.num_workers")
+"""The same of other sections: a trial has the sweep's base or its own, and one process with one actor of a kind."""
 COLUMNS = ("val_bpb", "p_mask_settled_step", "p_mask_overshoot", "critic_auroc", "wall_s")
 """Figures of the table, beside the swept keys and the objective, where trials have them."""
 
@@ -101,9 +102,13 @@ def check_space(config: Config) -> None:
         ValueError: one line naming the key.
     """
     for key, (_, values) in config.sweep.ranges.items():
-        if key.partition(".")[0] in SHARED_SECTIONS and key != "run.seed":
+        section = key.partition(".")[0]
+        if key in SHARED_KEYS or (section in SHARED_SECTIONS and key != "run.seed"):
             raise ValueError(f"sweep.space.{key} must be a key of one trial, got one of what all trials share "
-                             f"({', '.join(SHARED_SECTIONS)})")
+                             f"({', '.join(SHARED_SECTIONS + SHARED_KEYS)})")
+        if config.grpo.base and section in ("model", "pretrain"):
+            raise ValueError(f"sweep.space.{key} must be left out where grpo.base is given (no trial pretrains then), "
+                             f"got {values}: sweep other keys, or leave grpo.base empty")
         for value in values:
             with_values(config, {key: value}, "sweep.space")
 
@@ -160,7 +165,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     base = trunk = None
     if not _own_bases(config):
         base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
-        model = load_model(base)
+        model = check_base(base, config, dataset)
         trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
     display.note("waiting for the judge")
     judge = ray.get(judge)

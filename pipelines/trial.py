@@ -28,7 +28,7 @@ from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
 from pipelines import pretrain_loop, rounds
-from pipelines.grpo import Paths, start_actors
+from pipelines.grpo import Paths, check_base, start_actors
 from pipelines.launch import worker_threads, write_json
 from pipelines.measurements import FIGURES, measure
 from pipelines.pretrain import alone
@@ -146,12 +146,14 @@ class Trial:
         write_json(self.folder / "trial.json", self.record)
 
     def _begin(self) -> None:
-        """Resolve the config, which may refuse this combination of values, and start tracking."""
+        """Resolve the config, which may refuse this combination of values, as may the base, and start tracking."""
         config = with_values(self.shared.config, self.record["values"], "sweep.space")
         single = {"num_workers": 1, "rollout_actors": 1}
         self.config = replace(
             config, grpo=replace(config.grpo, **single), pretrain=replace(config.pretrain, num_workers=1)
         )
+        if self.shared.base:
+            check_base(self.shared.base, self.config, self.shared.dataset)
         self.tracker = self.open.enter_context(
             Tracker(self.shared.tracking, self.folder, self.folder.name, config=self.record["values"],
                     parent_run_id=self.shared.mlflow_run)

@@ -191,6 +191,9 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
     first, last = (load_checkpoint(path).tensors for path in (base / "best", final))
     trunk = [name for name in first if name.startswith("trunk.")]
     assert trunk and all(last[name].equal(first[name]) for name in trunk)
+    another = replace(shared, run=replace(config.run, name="another"))
+    with pytest.raises(ValueError, match=f"^grpo.residual must be 8, as in grpo.base {final}, got 16$"):
+        main(replace(another, grpo=replace(shared.grpo, base=str(final), residual=16)), None)
 
 
 @pytest.mark.ray
@@ -247,6 +250,9 @@ def test_only_keys_of_pretraining_cost_a_base_each(config):
         ({"critic.alpha": {"uniform": [-1, 1]}}, ["critic.alpha", "0 or more", "-1"]),
         ({"data.block_size": {"choice": [32]}}, ["data.block_size", "what all trials share"]),
         ({"run.name": {"choice": ["a"]}}, ["run.name", "what all trials share"]),
+        ({"grpo.base": {"choice": ["a", "b"]}}, ["sweep.space.grpo.base", "what all trials share"]),
+        ({"grpo.num_workers": {"choice": [1, 2]}}, ["sweep.space.grpo.num_workers", "what all trials share"]),
+        ({"grpo.rollout_actors": {"grid": [1, 2]}}, ["sweep.space.grpo.rollout_actors", "what all trials share"]),
         ({"grpo.group_size": {"uniform": [2.5, 8]}}, ["grpo.group_size", "2.5"]),
     ],
 )
@@ -254,6 +260,17 @@ def test_a_space_that_no_trial_can_take_is_one_line(config, space, words):
     with pytest.raises(ValueError) as error:
         check_space(replace(config, sweep=SweepSection(space=space)))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_no_key_of_pretraining_is_swept_over_a_given_base(config):
+    based = replace(config, grpo=replace(config.grpo, base="runs/base"))
+    for key, refused in (("pretrain.learning_rate", True), ("model.dropout", True), ("critic.alpha", False)):
+        swept = replace(based, sweep=SweepSection(space={key: {"uniform": [0.1, 0.2]}}))
+        if not refused:
+            check_space(swept)
+            continue
+        with pytest.raises(ValueError, match=f"sweep.space.{key} must be left out where grpo.base is given"):
+            check_space(swept)
 
 
 @pytest.mark.parametrize(
