@@ -310,6 +310,9 @@ def _news(shared: Shared, display: Display, total: int) -> Any:
                 record |= {"status": status, "reason": reason}
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "trial.json", record)
+            if record["status"] != "failed":  # the models stay; a stopped trial that ever goes on makes its rounds anew
+                for made in (folder, folder / "base"):
+                    shutil.rmtree(made / "checkpoints", ignore_errors=True)
             told = record.get("reason") or f"{sweep.objective} {record['reports'][-1][sweep.objective]:.4g}"
             display.note(f"trial {record['trial']} {record['status']}: {told}")
             display.phase("trials", ended, total)

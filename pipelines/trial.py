@@ -125,6 +125,8 @@ class Trial:
     def _advance(self) -> None:
         """Make the next report."""
         started, sweep = time.monotonic(), self.shared.config.sweep
+        self.record["status"] = "running"  # it may have been stopped when trials came in another order
+        self.record.pop("reason", None)
         if self.tracker is None:
             self._begin()
         figures = self._rounds(self.reported) if self.reported else self._pretrain()

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
+from pipelines.launch import write_json
 from pipelines.progress import Display
 from pipelines.sweep import (
     _news,
@@ -38,7 +40,7 @@ from pipelines.sweep import (
     num_trials,
     read_trials,
 )
-from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, settling, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, new_record, settling, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
@@ -161,6 +163,22 @@ def test_a_trial_that_died_before_its_first_word_is_on_record(shared):
     assert (record["status"], record["values"]) == ("failed", ended.config) and "died" in record["reason"]
 
 
+@pytest.mark.parametrize("status", ["finished", "running", "failed"])
+def test_a_trial_that_is_over_for_good_keeps_its_models_alone(shared, status):
+    values = {"critic.alpha": 0.5}
+    folder = trial_folder(shared.folder, values)
+    for made in ("base/best", "base/checkpoints", "final", "checkpoints"):
+        (folder / made).mkdir(parents=True)
+    known = {"status": status, "reason": "", "reports": [{shared.config.sweep.objective: 1.0}]}
+    write_json(folder / "trial.json", new_record(folder, values) | known)
+    ended = SimpleNamespace(config=values, last_result={"training_iteration": 1})
+    _news(shared, Display(), 1).on_trial_complete(0, [ended], ended)
+    (record,) = read_trials(shared.folder)
+    assert record["status"] == ("stopped" if status == "running" else status)  # by ASHA
+    kept = {path.name for path in folder.glob("**/*") if path.is_dir()}
+    assert kept == {"base", "best", "final"} | ({"checkpoints"} if status == "failed" else set())
+
+
 @pytest.mark.ray
 def test_the_best_config_makes_the_same_generator_in_grpo(swept, config, tmp_path):
     _, summary, folder = swept
@@ -191,6 +209,15 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
     first, last = (load_checkpoint(path).tensors for path in (base / "best", final))
     trunk = [name for name in first if name.startswith("trunk.")]
     assert trunk and all(last[name].equal(first[name]) for name in trunk)
+    write_json(
+        folder.parent / "shared" / "trials" / trial["trial"] / "trial.json",
+        {**trial, "status": "stopped", "reason": "by ASHA", "reports": trial["reports"][:1]},
+    )
+    shutil.rmtree(final)
+    main(shared, None)  # in which ASHA lets it go on
+    (again,) = read_trials(folder.parent / "shared")
+    assert again["status"] == "finished" and "reason" not in again and len(again["reports"]) == 2
+    assert all(tensor.equal(last[name]) for name, tensor in load_checkpoint(final).tensors.items())
     another = replace(shared, run=replace(config.run, name="another"))
     with pytest.raises(ValueError, match=f"^grpo.residual must be 8, as in grpo.base {final}, got 16$"):
         main(replace(another, grpo=replace(shared.grpo, base=str(final), residual=16)), None)
