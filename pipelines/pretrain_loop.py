@@ -76,7 +76,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
             return train(job, ranks, lambda done, figures: False, lambda figures, step, settle: None)
         start = newest_step(job.folder)
         with Tracker(job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, writer="rank0",
-                     start_step=start + 1) as tracker:
+                     start_step=start + 1, warn=lambda text: job.board.note.remote(text)) as tracker:
 
             def log(figures: dict[str, float], step: int, settle: bool) -> None:
                 tracker.log(figures, step)

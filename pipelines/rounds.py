@@ -56,7 +56,13 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
         if ranks.rank > 0:
             return train(job, ranks, lambda figures, step: None, report)
         with Tracker(
-            job.tracking, job.folder, job.folder.name, run_id=job.mlflow_run, start_step=1, writer="rank0"
+            job.tracking,
+            job.folder,
+            job.folder.name,
+            run_id=job.mlflow_run,
+            start_step=1,
+            writer="rank0",
+            warn=lambda text: job.board.note.remote(text),
         ) as tracker:
             return train(job, ranks, tracker.log, report)
     except (RewardFunctionError, FloatingPointError) as error:

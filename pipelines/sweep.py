@@ -46,7 +46,7 @@ from pipelines.placement import at_once, check_fits, node_resources, task_option
 from pipelines.prepare import prepare
 from pipelines.pretrain import alone, check_same, pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
-from pipelines.progress import Display, summary_table
+from pipelines.progress import Display, follow, start_board, summary_table
 from pipelines.ranks import beside_main_thread
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
@@ -181,6 +181,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         entropy=natural["entropy"],
         tracking=replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output)),
         mlflow_run=None,
+        board=start_board(),
         device="cuda" if on_gpu else "cpu",
         neighbors=min(at_once(node_resources(), *_bundles(config, on_gpu))[1], num_trials(config.sweep)),
     )
@@ -205,6 +206,7 @@ def _own_bases(config: Config) -> bool:
 
 def _search(shared: Shared, display: Display) -> None:
     """Run Tune until every trial has finished, failed or been stopped."""
+    import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -237,8 +239,10 @@ def _search(shared: Shared, display: Display) -> None:
         ),
     )
     try:
-        beside_main_thread(tuner.fit)
+        with follow(lambda: ray.get(shared.board.drain.remote(), timeout=10), display):
+            beside_main_thread(tuner.fit)
     finally:
+        ray.kill(shared.board)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -70,6 +70,8 @@ class Shared:
     """With the URI that the driver resolved."""
     mlflow_run: str | None
     """The sweep's run, of which those of the trials are children."""
+    board: Any
+    """Handle of the `ProgressBoard` actor."""
     device: str
     neighbors: int
     """Trials that run at once on one machine, this one included."""
@@ -158,7 +160,7 @@ class Trial:
             check_base(self.shared.base, self.config, self.shared.dataset)
         self.tracker = self.open.enter_context(
             Tracker(self.shared.tracking, self.folder, self.folder.name, config=self.record["values"],
-                    parent_run_id=self.shared.mlflow_run)
+                    parent_run_id=self.shared.mlflow_run, warn=lambda text: self.shared.board.note.remote(text))
         )
         save_config(self.config, self.folder / "config.yaml")
         self.tracker.artifact(self.folder / "config.yaml")

@@ -143,7 +143,7 @@ def test_a_failed_trial_is_reported_with_its_reason(swept):
 def shared(config, tmp_path):
     """What trials share that never come to their data."""
     return Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=None, trunk=None, entropy=0.0,
-                  tracking=config.tracking, mlflow_run=None, device="cpu", neighbors=1)
+                  tracking=config.tracking, mlflow_run=None, board=None, device="cpu", neighbors=1)
 
 
 def test_values_that_only_together_are_refused_fail_one_trial(shared):
