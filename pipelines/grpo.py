@@ -125,7 +125,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             if watched := rows["final"]["denoising"]:
                 tracker.figure("denoising", denoising_figure(watched, steps=config.denoise.steps))
             tracker.model(folder / "final")
-            tracker.artifact(folder / "final", "checkpoint")
             tracker.artifact(folder / "summary.json")
     _show(config, folder, rows, summary)
     return summary

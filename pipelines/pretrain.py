@@ -123,7 +123,8 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
         if config.pretrain.mode == "generator":
             tracker.figure("pretraining", pretrain_figure(series(read_curve(folder)), target=config.mask_bias.target))
             tracker.model(folder / "best")
-        tracker.artifact(folder / "best", "checkpoint")
+        else:
+            tracker.artifact(folder / "best", "checkpoint")
         return figures
 
 
