@@ -45,8 +45,9 @@ from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.tokenizer import Tokenizer
+from pipelines.denoising_page import write_page
 from pipelines.launch import check_file, checkpoint_config, launch, run_folder
-from pipelines.live_view import Recorder, counts, legend, render, write_page
+from pipelines.live_view import Recorder, counts, legend, render
 
 SAMPLE_STREAM = 41
 """Keeps this pipeline's noise apart from that of rollouts and evaluation."""
