@@ -101,6 +101,7 @@ class Learner:
 
     @property
     def bias(self) -> float:
+        """Bias on the [MASK] logit, nats."""
         return float(self.mask_bias.bias)
 
     # ---- the round ------------------------------------------------------------------------------------------------
@@ -199,6 +200,7 @@ class Learner:
         return state | {f"discriminator.{name}": value for name, value in self.discriminator.tensors().items()}
 
     def numbers(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside `tensors`, as JSON."""
         return {
             "version": self.version,
             "num_reward_steps": self.discriminator.num_steps,

@@ -201,6 +201,7 @@ class Pretrainer:
         return flat_state(self.optimizer)
 
     def load(self, tensors: dict[str, Tensor], mask_bias: dict[str, float]) -> None:
+        """Go on from `tensors` and the controller's state of a checkpoint."""
         load_flat_state(self.optimizer, tensors)
         self.mask_bias.load_state_dict(mask_bias)
 

@@ -41,14 +41,14 @@ class Blueprint:
     reward: RewardSection
     gelu: str = "none"
 
-    def build(self, mode: str, *, lm_residual: int = 0) -> GPT:
+    def build(self, mode: str) -> GPT:
+        """A GPT of these shapes with initial weights; a generator's lm head is tied."""
         return GPT(
             self.model,
             self.vocabulary,
             mode=mode,
             block_size=self.block_size,
             reward=self.reward,
-            lm_residual=lm_residual,
             gelu=self.gelu,
         )
 
@@ -128,14 +128,17 @@ class Tenant:
     model: GPT
 
     def place(self) -> tuple[str, ...]:
+        """Node id and the node's ids of the GPUs that this actor may use."""
         import ray
 
         return (ray.get_runtime_context().get_node_id(), *map(str, ray.get_gpu_ids()))
 
     def lend(self) -> dict[str, Tensor]:
+        """The trunk's tensors, on the GPU."""
         return dict(self.model.trunk.state_dict())
 
     def borrow(self, trunk: dict[str, Tensor]) -> None:
+        """Work on another actor's tensors; the own copy is freed."""
         self.model.trunk.load_state_dict(trunk, assign=True)
         self.model.freeze_trunk()
         torch.cuda.empty_cache()  # what the own copy took
@@ -173,7 +176,7 @@ def mount(
         seed: of the adapters' first values.
     """
     with torch.device("meta"), _Undrawn():
-        model = blueprint.build(mode, lm_residual=lm_residual)
+        model = blueprint.build(mode)
         if mode == "generator":
             model.untie(lm_residual)
     model.trunk.load_state_dict(to_tensors(trunk), assign=True)

@@ -77,7 +77,7 @@ class Holder:
     def own(self) -> GPT:
         """A model on memory of its own, not initialised."""
         with torch.device("meta"):
-            model = self.blueprint.build(self.kind, lm_residual=self.residual)
+            model = self.blueprint.build(self.kind)
             if self.kind == "generator":
                 model.untie(self.residual)
         model.trunk.to(self.dtype)

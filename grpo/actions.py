@@ -15,21 +15,8 @@ from grpo.denoise import num_masked_after
 
 
 def credited_tokens(policy_tokens: str, remasking: str, sampler: bool) -> str:
-    """Resolve `auto`: `kept` where discarded proposals changed nothing that was kept, `all` elsewhere.
-
-    Raises:
-        ValueError: `kept` where the remasker or the wavefront looked at proposals, which biases the gradient.
-    """
-    ignored = remasking == "random" and not sampler
-    if policy_tokens == "auto":
-        return "kept" if ignored else "all"
-    if policy_tokens == "kept" and not ignored:
-        where = "denoise.sampler is true" if remasking == "random" else f"denoise.remasking is {remasking}"
-        raise ValueError(
-            f"grpo.policy_tokens must be all or auto when {where} (discarded proposals had a say in what "
-            "was kept, so they must be credited too), got 'kept'"
-        )
-    return policy_tokens
+    """Resolve `auto`: `kept` where discarded proposals changed nothing that was kept, `all` elsewhere."""
+    return "kept" if policy_tokens == "auto" and remasking == "random" and not sampler else "all"
 
 
 def credits_positions(policy_positions: bool, remasking: str, randomness: float) -> bool:

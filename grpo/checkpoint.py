@@ -126,21 +126,20 @@ def load_model(
     *,
     mode: str | None = None,
     reward: RewardSection | None = None,
-    num_classes: int | None = None,
     device: str | torch.device = "cpu",
 ) -> GPT:
     """Rebuild a checkpoint's GPT, each part in its dtype; a warning names what it does not hold and is fresh.
 
     Args:
         mode: another mode than the checkpoint's takes its trunk and the heads that both have.
-        reward, num_classes: shape of the heads of that mode; the checkpoint's when None.
+        reward: shape of that mode's head; the checkpoint's when None.
     """
     folder = Path(folder)
     verify_checkpoint(folder)
     stored = _read_json(folder / DESCRIPTION)["architecture"]
     tensors = _read_tensors(folder / MODEL)
     try:
-        model, fresh = _build(stored, mode, reward, num_classes)
+        model, fresh = _build(stored, mode, reward)
         for name, part in (("trunk", model.trunk), *((f"heads.{name}", head) for name, head in model.heads.items())):
             part.to(next((t.dtype for key, t in tensors.items() if key.startswith(f"{name}.")), torch.float32))
         fresh += load_into(model, tensors)
@@ -247,9 +246,7 @@ def architecture(model: GPT) -> dict[str, Any]:
     }
 
 
-def _build(
-    stored: dict[str, Any], mode: str | None, reward: RewardSection | None, num_classes: int | None
-) -> tuple[GPT, list[str]]:
+def _build(stored: dict[str, Any], mode: str | None, reward: RewardSection | None) -> tuple[GPT, list[str]]:
     """A GPT with initial weights, and the names of architecture fields that took their defaults."""
     stored = {**stored}
     section, shape = stored.pop("model"), stored.pop("reward", {})
@@ -279,7 +276,7 @@ def _build(
         mode=mode or chosen["mode"],
         block_size=block_size,
         reward=reward or RewardSection(**shape),
-        num_classes=num_classes or chosen["num_classes"],
+        num_classes=chosen["num_classes"],
         gelu=chosen["gelu"],
     )
     return model, sorted(fresh)

@@ -14,6 +14,8 @@ KINDS = ("generator", "reward", "learner")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSection:
+    """What each process books of a Ray cluster, and where it is placed."""
+
     generator_cpus: float = 0.0
     """CPUs booked per rank, divided among its generator actors; 0 books none, so that all fit on a small machine."""
     reward_cpus: float = 0.0

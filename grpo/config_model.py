@@ -11,16 +11,20 @@ from typing import Any
 
 
 def check(holds: bool, key: str, rule: str, value: Any) -> None:
+    """Raise a ValueError `KEY must be RULE, got VALUE` unless it holds."""
     if not holds:
         raise ValueError(f"{key} must be {rule}, got {value!r}")
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError that lists what is allowed unless the value is among it."""
     check(value in allowed, key, f"one of {', '.join(allowed)}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
+    """A run's name, seed, folders, limits and threads."""
+
     name: str = ""
     """Folder under `run.output` and name of the MLflow run; empty: pipeline name plus a config hash. Reusing a
     name resumes that run."""
@@ -45,6 +49,8 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
+    """Text, how it becomes tokens and rows, and what is held out."""
+
     source: str = "python-docs"
     """`python-docs` (the prose that ships with CPython), or a file, glob, folder or pyarrow.fs URI of text, JSONL,
     CSV, Parquet or Arrow."""
@@ -84,6 +90,8 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
+    """Shape of the trunk, and which heads a generator has."""
+
     n_layer: int = 3
     """Number of transformer blocks."""
     n_head: int = 4
@@ -139,6 +147,8 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionSection:
+    """What masked-diffusion training hides and replaces."""
+
     guaranteed_correct: float = 0.01
     """Share of each row that is never corrupted: total rate u ~ U(0, 1 - guaranteed_correct)."""
     remask_ratio: float = 1.0
@@ -159,6 +169,8 @@ class CorruptionSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSection:
+    """The generator's loss on natural text."""
+
     objective: str = "corrective"
     """`corrective` or `mdlm` (masks only, 1/t-weighted, arXiv:2406.07524). Causal models use next-token."""
     weight_unmask: float = 1.0
@@ -185,6 +197,8 @@ class LossSection:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskBiasSection:
+    """The controller of the bias on the [MASK] logit."""
+
     initial: float = 3.5
     """Bias on the [MASK] logit at step 0, nats."""
     target: float = 0.5
@@ -227,6 +241,8 @@ class MaskBiasSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CriticSection:
+    """When and how strongly the critic head trains."""
+
     alpha: float = 0.5
     """Final weight of the critic's loss in the total (the sweeps' `critic_alpha`). It acts through pretraining, where
     the loss reaches the trunk. In rounds with `grpo.trainable: heads` it reaches the critic head alone, which AdamW
@@ -248,6 +264,8 @@ class CriticSection:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSection:
+    """When and how the sampler head trains, and how its wavefront begins."""
+
     start: int = 200
     """Optimizer step at which the sampler's loss joins (`start_sampler`)."""
     side_dropout: float = 0.3
@@ -268,6 +286,8 @@ class SamplerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSection:
+    """Optimisation, validation and checkpoints of pretraining."""
+
     mode: str = "generator"
     """`generator`, `token_classifier` (a stand-alone remasking model) or `sequence_scorer` (a frozen judge)."""
     teacher: str = ""

@@ -15,6 +15,8 @@ REMASKING_POLICIES = ("auto", "model", "critic", "self", "confidence", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiseSection:
+    """How a generator writes."""
+
     steps: int = 4
     """S, denoising steps (trunk forwards that propose tokens)."""
     schedule: str = "linear"
@@ -50,6 +52,8 @@ class DenoiseSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoSection:
+    """Adversarial rounds: groups, advantages, loss, limits of the policy, ranks and actors."""
+
     base: str = ""
     """Checkpoint of the base generator; empty: pretrain one first, cached by config hash."""
     rounds: int = 60
@@ -95,7 +99,7 @@ class GrpoSection:
     """Collapse: where the policy's entropy falls below this share of the first round's, it goes back to the averaged
     policy and its learning rate is halved; 0: never."""
     policy_tokens: str = "auto"
-    """Proposals that are credited: `all`, `kept`, or `auto` (kept where discarded ones change nothing that is kept)."""
+    """Proposals that are credited: `all`, or `auto`: kept ones alone where discarded ones changed none of them."""
     policy_positions: bool = False
     """Credit re-mask choices as actions, by their Plackett-Luce probability, also under `confidence` and `critic`;
     under `self` they always are."""
@@ -166,7 +170,7 @@ class GrpoSection:
         )
         one_of("grpo.loss", self.loss, ("grpo", "dr_grpo", "dapo", "gspo"))
         one_of("grpo.credit", self.credit, ("sequence", "token", "both", "window"))
-        one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "kept", "all"))
+        one_of("grpo.policy_tokens", self.policy_tokens, ("auto", "all"))
         one_of("grpo.trainable", self.trainable, ("heads", "lora", "all"))
         one_of("grpo.trunk_dtype", self.trunk_dtype, ("float32", "bfloat16"))
         check(
@@ -220,6 +224,8 @@ class GrpoSection:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSection:
+    """The discriminator: what it reads, its head, its training."""
+
     layers: tuple[int, ...] = (-1,)
     """Trunk layers whose hidden states the reward head reads; -1 is the normed output, k the output of block k."""
     masked_passes: int = 2
@@ -305,6 +311,8 @@ class RewardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSection:
+    """What is measured, on how much text, by which judge."""
+
     samples: int = 512
     """Texts per evaluated setting, and natural ones beside them."""
     judge_steps: int = 500
@@ -354,6 +362,8 @@ class EvaluationSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSection:
+    """MLflow."""
+
     uri: str = ""
     """MLflow tracking URI; empty: MLFLOW_TRACKING_URI, else a SQLite store in run.output."""
     experiment: str = "grpo"

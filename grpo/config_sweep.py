@@ -23,6 +23,8 @@ DEFAULT_SPACE: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSection:
+    """What is swept, how it is searched, and which figure decides."""
+
     space: dict[str, Any] = field(default_factory=dict)
     """Swept keys, each with its range: `{uniform: [low, high]}`, `{loguniform: [low, high]}`, `{choice: [a, b]}`, or
     `{grid: [a, b]}`, whose values are all tried, crossed with other grids. An override replaces those of the file;

@@ -29,6 +29,9 @@ from grpo.config import DataSection
 from grpo.shards import FORMAT, SPLITS, TOKENIZER_KEY, finish_dataset, partial_folder, write_piece
 from grpo.tokenizer import Tokenizer, Vocabulary, build_tokenizer
 
+VALIDATION_WINDOWS_SEED = 1
+"""Seed of the validation rows on which models are compared: pretraining's bound and the measurements read the same."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -75,6 +78,7 @@ class Dataset:
         return self.tokenizer.vocabulary
 
     def num_tokens(self, split: str) -> int:
+        """Tokens of the split, pads not among them."""
         return self.meta["splits"][split]["tokens"]
 
     def num_bytes(self, split: str) -> int:
@@ -82,6 +86,7 @@ class Dataset:
         return self.meta["splits"][split]["bytes"]
 
     def bytes_per_token(self, split: str) -> float:
+        """Mean UTF-8 bytes of a token: nats per token / this / ln 2 are bits per byte."""
         return self.num_bytes(split) / max(1, self.num_tokens(split))
 
     def __reduce__(self) -> tuple:

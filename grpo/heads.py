@@ -121,6 +121,8 @@ class ScorerHead(nn.Module):
 
 
 class RewardOutput(NamedTuple):
+    """What the reward head says of texts."""
+
     logits: Tensor
     """[B, 2]: natural, synthetic."""
     token_logits: Tensor

@@ -30,7 +30,6 @@ class GPT(nn.Module):
         block_size: T of training; the number of learned positions.
         reward: layers, pooling and width of the reward head; pooling of the scorer. Its defaults when None.
         num_classes: classes of `token_classifier`.
-        lm_residual: above 0, the lm head is untied, with a residual MLP of this width.
         gelu: `none` (exact) or `tanh`.
     """
 
@@ -43,7 +42,6 @@ class GPT(nn.Module):
         block_size: int,
         reward: RewardSection | None = None,
         num_classes: int = 2,
-        lm_residual: int = 0,
         gelu: str = "none",
     ) -> None:
         super().__init__()
@@ -54,8 +52,6 @@ class GPT(nn.Module):
         self.reward, self.num_classes, self.gelu = reward or RewardSection(), num_classes, gelu
         self.trunk = Trunk(model, vocabulary, block_size=block_size, gelu=gelu)
         self.heads = nn.ModuleDict(self._make_heads())
-        if mode == "language_model" and lm_residual:
-            self.untie(lm_residual)
 
     def _make_heads(self) -> dict[str, nn.Module]:
         width = self.model.n_embd

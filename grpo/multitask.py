@@ -9,7 +9,7 @@
 3. Each part is divided by its own count over the whole optimizer step (`counts`, summed over micro-batches and ranks
    from outside), so any split gives the same gradient.
 4. A frozen trunk is read without gradients; the heads then train on states.
-5. With a large vocabulary the generator's logits exist for a few rows at a time (`grpo/sliced_loss.py`).
+5. With a large vocabulary logits exist for a few rows at a time (`grpo/sliced_loss.py`).
 """
 
 from __future__ import annotations
@@ -180,7 +180,9 @@ def multitask_loss(
         return loss
 
     hidden = model.encode(corrupted.clean if model.trunk.causal else corrupted.inputs, visible)
-    total = sliced_loss(model.heads["lm"], hidden, generator_loss)
+    lm = model.heads["lm"]
+    parameters = [*lm.parameters()] or [lm.weight]  # a tied head has none of its own
+    total = sliced_loss(lm, hidden, generator_loss, vocabulary=len(lm.weight), parameters=parameters)
     if model.trunk.causal:
         return total, metrics
     if stage.sampler:

@@ -61,6 +61,7 @@ def cosine_learning_rate(step: int, *, peak: float, warmup: int, steps: int, flo
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give all parameter groups this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 

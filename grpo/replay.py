@@ -27,7 +27,7 @@ from grpo.trajectory import (
     choice_log_probs,
     credited,
     policy_log_probs,
-    trajectory_logprobs,
+    taken,
 )
 
 REPLAY_STREAM = 23
@@ -180,7 +180,7 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
         own = choice_log_probs(policy, mine.choices)
         with torch.no_grad():
             other = choice_log_probs(reference, theirs.choices)
-        logprobs = torch.cat([logprobs, _drawn(own, mine.choices).to(logprobs.dtype)])
+        logprobs = torch.cat([logprobs, taken(own, mine.choices).to(logprobs.dtype)])
         kl = torch.cat([kl, exact_kl(own, other).to(kl.dtype)])
     return logprobs, kl
 
@@ -193,20 +193,15 @@ def _proposal_values(policy: GPT, reference: GPT, mine: Rollout, theirs: Rollout
     own = policy_log_probs(policy, mine)
     with torch.no_grad():
         other = policy_log_probs(reference, theirs)
-    return _drawn(own, mine), exact_kl(own, other)
+    return taken(own, mine), exact_kl(own, other)
 
 
 @torch.no_grad()
 def part_logprobs(policy: GPT, part: Part, *, table: int = TABLE) -> Tensor:
     """[m + d] log-probabilities of the part's actions under the policy's present weights, nats."""
     mine = with_states(policy, part)
-    tokens = replace(mine, choices=None)
-    pieces = slices(len(mine.actions), policy.vocabulary.base_size, table)
-    logprobs = [trajectory_logprobs(policy, _slice(tokens, piece)) for piece in pieces]
+    pieces = [_slice(mine, piece) for piece in slices(len(mine.actions), policy.vocabulary.base_size, table)]
+    logprobs = [taken(policy_log_probs(policy, piece), piece) for piece in pieces]
     if mine.choices is not None:
-        logprobs.append(_drawn(choice_log_probs(policy, mine.choices), mine.choices).to(logprobs[0].dtype))
+        logprobs.append(taken(choice_log_probs(policy, mine.choices), mine.choices).to(logprobs[0].dtype))
     return torch.cat(logprobs)
-
-
-def _drawn(table: Tensor, kind: Rollout | Choices) -> Tensor:
-    return table.gather(-1, kind.actions[:, None])[:, 0]

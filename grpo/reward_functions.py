@@ -12,6 +12,7 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -74,7 +75,8 @@ def _score(name: str, function: RewardFunction, texts: Sequence[str]) -> Tensor:
     try:
         values = function(list(texts))
     except Exception as error:
-        raise RewardFunctionError(f"reward function {name} raised {type(error).__name__}: {_line(error)}") from error
+        raised = f"{type(error).__name__}: {_line(error)}"
+        raise RewardFunctionError(f"reward function {name} raised {raised} ({_where(function, error)})") from error
     try:
         scores = torch.tensor([float(value) for value in values], dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
@@ -90,6 +92,14 @@ def _score(name: str, function: RewardFunction, texts: Sequence[str]) -> Tensor:
             f"reward function {name} must return finite numbers, got {values[index]} for {texts[index]!r}"
         )
     return scores
+
+
+def _where(function: RewardFunction, error: Exception) -> str:
+    """File and line of the last call in the function's own file, or of what it called where it has none."""
+    calls = traceback.extract_tb(error.__traceback__)
+    own = getattr(sys.modules.get(getattr(function, "__module__", "")), "__file__", None)
+    last = next((call for call in reversed(calls) if call.filename == own), calls[-1])
+    return f"{last.filename}:{last.lineno}"
 
 
 def _line(error: Exception) -> str:

@@ -27,6 +27,12 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return None
 
 
+def newest_step(folder: str | Path) -> int:
+    """Step, or round, of the newest whole checkpoint of a run; 0 without one."""
+    newest = latest_checkpoint(Path(folder) / "checkpoints")
+    return 0 if newest is None else int(newest.name.rpartition("-")[2])
+
+
 def find_checkpoint(path: str | Path, key: str) -> Path:
     """The checkpoint folder itself, or of a run's folder the finished model, else the newest checkpoint; absolute.
 

@@ -11,42 +11,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from grpo.heads import LmHead
 from grpo.slices import slices
 
 LOGITS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Logits of a slice: 8 MB on a CPU, 1 GB of float32 on a GPU."""
 
 
-def sliced_loss(head: LmHead, hidden: Tensor, loss: Callable[[slice, Tensor], Tensor]) -> Tensor:
+def sliced_loss(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    loss: Callable[[slice, Tensor], Tensor],
+    *,
+    vocabulary: int,
+    parameters: Sequence[Tensor] = (),
+) -> Tensor:
     """Sum of a loss over slices of rows.
 
     Args:
-        hidden: [B, T, C] states.
-        loss: (rows, logits [b, T, V] of these rows) -> their share of the loss, 0-dimensional. It may keep other
+        head: states [b, .., C] -> logits [b, .., V].
+        hidden: [B, .., C] states.
+        loss: (rows, logits [b, .., V] of these rows) -> their share of the loss, 0-dimensional. It may keep other
             figures; it runs once per slice, in order.
+        vocabulary: V.
+        parameters: what the head reads and the loss is to reach.
 
     Returns:
-        0-dimensional; differentiable with respect to the states and the head.
+        0-dimensional; differentiable with respect to the states and the parameters.
     """
     at_once = LOGITS_AT_ONCE[hidden.device.type]
-    parts = list(slices(len(hidden), hidden.shape[1] * len(head.weight), at_once))
+    parts = list(slices(len(hidden), math.prod(hidden.shape[1:-1]) * vocabulary, at_once))
     if len(parts) == 1:
         return loss(parts[0], head(hidden))
-    parameters = list(head.parameters()) or [head.weight]  # a tied head has none of its own
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *parameters))):
         return sum(loss(rows, head(hidden[rows])) for rows in parts)
     return _Sliced.apply(parts, head, loss, hidden, *parameters)
 
 
 class _Sliced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parts: list[slice], head: LmHead, loss: Callable, hidden: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx, parts: list[slice], head: Callable, loss: Callable, hidden: Tensor, *parameters: Tensor) -> Tensor:
         wanted = [p for p in parameters if p.requires_grad]
         total = torch.zeros((), device=hidden.device)
         of_hidden = torch.empty_like(hidden) if hidden.requires_grad else None

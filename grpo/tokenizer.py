@@ -87,6 +87,7 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
+        """The bytes that a text id stands for; they need not be whole characters."""
         return self._bytes[token]
 
     def save(self, folder: str | Path) -> None:

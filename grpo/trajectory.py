@@ -340,20 +340,9 @@ def choice_log_probs(model: GPT, choices: Choices) -> Tensor:
     return draw_log_probs(plackett_luce_weights(table, choices.randomness), choices.choice, choices.left)
 
 
-def action_tables(model: GPT, rollout: Rollout) -> list[Tensor]:
-    """Log-probabilities of every possible action at each credited one: [M, base vocabulary], then [D, T] if any."""
-    tables = [policy_log_probs(model, rollout)]
-    return tables if rollout.choices is None else [*tables, choice_log_probs(model, rollout.choices)]
-
-
-def taken(tables: list[Tensor], rollout: Rollout) -> Tensor:
-    """Log-probability [M + D] of the actions that were taken, from `action_tables`, nats."""
-    kinds = [rollout, rollout.choices]
-    chosen = [
-        table.gather(-1, kind.actions[:, None]).squeeze(-1)
-        for table, kind in zip(tables, kinds[: len(tables)], strict=True)
-    ]
-    return torch.cat([logprobs.to(rollout.logprobs.dtype) for logprobs in chosen])
+def taken(table: Tensor, kind: Rollout | Choices) -> Tensor:
+    """Log-probability of the actions that were taken: [M] of `policy_log_probs`, [D] of `choice_log_probs`, nats."""
+    return table.gather(-1, kind.actions[:, None])[:, 0]
 
 
 def credited(rollout: Rollout, field: str) -> Tensor:
@@ -364,4 +353,7 @@ def credited(rollout: Rollout, field: str) -> Tensor:
 
 def trajectory_logprobs(model: GPT, rollout: Rollout) -> Tensor:
     """Log-probability [M + D] of each credited action under the model's present heads, nats, from cached states."""
-    return taken(action_tables(model, rollout), rollout)
+    logprobs = taken(policy_log_probs(model, rollout), rollout)
+    if rollout.choices is None:
+        return logprobs
+    return torch.cat([logprobs, taken(choice_log_probs(model, rollout.choices), rollout.choices).to(logprobs.dtype)])

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from grpo.model import GPT, text_logits
 from grpo.noise import HIDE_LEFT, HIDE_RIGHT, PROPOSE, SEED, uniforms
+from grpo.sliced_loss import sliced_loss
 from grpo.slices import slices
 
 _FAR = 1 << 40  # distance to a known token that does not exist
@@ -374,7 +375,14 @@ def sampler_loss(
     states = model.heads["sampler"](hidden.detach()[row, column], left, right)
     lm = model.heads["lm"]
     constants = {name: value.detach() for name, value in (*lm.named_parameters(), ("matrix", lm.weight))}
-    logits = text_logits(functional_call(lm, constants, (states,)), vocabulary)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, clean[row, column], reduction="sum")
+    targets = clean[row, column]
+
+    def cross_entropy(part: slice, logits: Tensor) -> Tensor:
+        logits = text_logits(logits, vocabulary)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets[part], reduction="sum")
+
+    total = sliced_loss(
+        lambda part: functional_call(lm, constants, (part,)), states, cross_entropy, vocabulary=len(lm.weight)
+    )
     return total / denominator, {"loss_sampler": torch.stack([total.detach(), masked.sum()]).double()}

@@ -36,11 +36,12 @@ from grpo.remasking import FRESH_ONLY, resolve_policy
 from grpo.reward_functions import resolve_rewards
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.figures import frontier_figure, nfe_figure
-from pipelines.launch import checkpoint_config, launch, run_folder, start_ray, write_json
+from pipelines.launch import checkpoint_config, launch, start_ray
 from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
 from pipelines.progress import Display, summary_table
+from pipelines.run_folder import run_folder, write_json
 from pipelines.tracking import Tracker
 
 SHOWN = ("judge_nll", "entropy", "distinct_4", "c2st", "ngram_js")

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # `python pipelines/grpo.py` puts pipelines/ first, 
 # ruff: noqa: E402
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,18 +45,19 @@ from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
-from grpo.run_checkpoints import find_checkpoint
+from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.evaluate import quality_table, reward_columns
 from pipelines.figures import denoising_figure, grpo_figure, series
-from pipelines.launch import launch, run_folder, start_ray, worker_threads, write_json
+from pipelines.fit import fit
+from pipelines.launch import launch, start_ray, worker_threads
 from pipelines.measurements import check_enough, check_splits, fit_judge, load_scorer, measure, measure_natural
 from pipelines.placement import check_fits, computes_on, node_resources, placed, task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import LEFT_BY_SIGNAL, MAX_FAILURES, alone, check_same, pretrain
-from pipelines.progress import Display, follow, start_board, stop_on_signals
-from pipelines.ranks import beside_main_thread, reason_of, torch_config
+from pipelines.pretrain import pretrain
+from pipelines.progress import Display
 from pipelines.rollouts import Job
-from pipelines.rounds import newest_round, worker_loop
+from pipelines.rounds import worker_loop
+from pipelines.run_folder import alone, check_same, run_folder, write_json
 from pipelines.tracking import Tracker, tracking_uri
 
 BOOKKEEPING = ("rounds", "num_workers", "rollout_actors", "checkpoint_every", "keep", "base", "micro_batch")
@@ -85,7 +85,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         save_config(config, folder / "config.yaml")
         meta = open_dataset(paths.dataset).meta
         with Tracker(
-            config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_round(folder) + 1
+            config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1
         ) as tracker:
             tracker.dataset(paths.dataset, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
@@ -303,50 +303,20 @@ def start_actors(config: Config, paths: Paths, trunk: Any = None, *, neighbors: 
 
 
 def _fit(job: Job, display: Display) -> list[dict[str, float]]:
-    """Run the rounds on Ray Train, which starts again after a dead worker; returns the history."""
+    """Run the rounds on Ray Train; returns the history."""
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
 
-    total = job.config.grpo.rounds + job.config.warmup_rounds
-    board = start_board()
-    scratch, on_gpu = job.folder / "ray-train", bool(ray.cluster_resources().get("GPU"))
-    display.phase("adversarial rounds", newest_round(job.folder), total)
-    trainer = TorchTrainer(
-        worker_loop,
-        train_loop_config={"job": replace(job, board=board)},
-        torch_config=torch_config(job.config.run.timeout_s),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.config.grpo.num_workers,
-            use_gpu=on_gpu,
-            resources_per_worker=job.config.cluster.booked("learner", on_gpu=on_gpu),
-            placement_strategy=job.config.cluster.placement,
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"fit-{time.time_ns()}",
-            storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
+    grpo, cluster = job.config.grpo, job.config.cluster
+    on_gpu = bool(ray.cluster_resources().get("GPU"))
+    workers = ray.train.ScalingConfig(
+        num_workers=grpo.num_workers,
+        use_gpu=on_gpu,
+        resources_per_worker=cluster.booked("learner", on_gpu=on_gpu),
+        placement_strategy=cluster.placement,
     )
-    news = follow(lambda: ray.get(board.drain.remote(), timeout=10), display)
-    try:
-        with stop_on_signals(lambda: board.stop.remote()), news:
-            result = beside_main_thread(trainer.fit).return_value
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(
-            f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}; the same command goes on "
-            f"after round {newest_round(job.folder)}"
-        ) from error
-    finally:
-        ray.kill(board)
-        shutil.rmtree(scratch, ignore_errors=True)
-    if "error" in result:
-        raise ValueError(f"{result['error']}; the same command goes on after round {newest_round(job.folder)}")
-    if "stopped" in result:
-        display.note(f"stopped after round {result['stopped']}; the same command goes on from there")
-        raise SystemExit(LEFT_BY_SIGNAL)
-    return result["history"]
+    display.phase("adversarial rounds", newest_step(job.folder), grpo.rounds + job.config.warmup_rounds)
+    return fit(worker_loop, job, display, workers=workers, unit="round")["history"]
 
 
 def _show(config: Config, folder: Path, rows: dict[str, dict[str, Any]], summary: dict[str, Any]) -> None:

@@ -5,25 +5,21 @@
 2. Environment variables that silence Ray are set before it is imported, and never override the user's.
 3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
    finds `grpo`, `actors` and `pipelines` in its workers as well.
-4. A run's folder comes from `run_folder`, before anything long begins: what cannot be kept, there or in `run.cache`, is
-   not made. Its JSON files are written by `write_json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from grpo.config import Config, RunSection
+from grpo.config import Config
 from grpo.config_file import load_config, to_yaml, with_values
 
 QUIET = {
@@ -101,57 +97,6 @@ def _located(config: Config) -> Config:
 def _config_file(name: str) -> Path:
     """A config by its path; one that is not there may come with the project, wherever that is installed."""
     return Path(name) if Path(name).exists() or not (ROOT / name).is_file() else ROOT / name
-
-
-def run_folder(run: RunSection, default: str, *, caches: bool = True) -> Path:
-    """The absolute folder of a run, named `default` unless `run.name` names it; nothing is made there yet.
-
-    Args:
-        caches: whether the pipeline keeps something in `run.cache` too.
-
-    Raises:
-        ValueError: nothing can be written there.
-    """
-    folder = Path(run.output).expanduser().absolute() / (run.name or default)
-    check_folder(folder, "run.output")
-    if caches:
-        check_folder(Path(run.cache).expanduser().absolute(), "run.cache")
-    return folder
-
-
-def check_folder(folder: Path, key: str) -> None:
-    """Raise a ValueError that names the option `key` where no file can be written in a folder, there or to be made."""
-    try:
-        _try_to_write(folder)
-    except OSError as error:
-        raise ValueError(f"{key}: cannot write to {folder} ({error.strerror}): choose another folder") from None
-
-
-def check_file(file: Path, key: str) -> None:
-    """Raise a ValueError that names the option `key` where a file cannot be written, there or to be made."""
-    if file.is_dir():
-        raise ValueError(f"{key}: {file} is a folder: name a file in it")
-    if not file.exists():
-        check_folder(file.absolute().parent, key)
-    elif not os.access(file, os.W_OK):
-        raise ValueError(f"{key}: cannot write to {file} (it may only be read): choose another file")
-
-
-def _try_to_write(folder: Path) -> None:
-    """Write where the folder is, or where what there is of its path ends."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except FileNotFoundError:
-        if folder.is_symlink():  # which leads nowhere
-            raise
-        _try_to_write(folder.parent)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def checkpoint_config(args: argparse.Namespace) -> Config:

@@ -26,7 +26,7 @@ from grpo.completion import complete, load_remasking_model
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, to_dict
 from grpo.config_model import check
-from grpo.data import Batch, open_dataset, window_places, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, Batch, open_dataset, window_places, windows
 from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
@@ -37,7 +37,6 @@ from grpo.tokenizer import Tokenizer
 from pipelines.launch import worker_threads
 from pipelines.live_view import Recorder, token_pieces
 
-VALIDATION_WINDOWS_SEED = 1
 FIGURES = (
     "judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js", "temperature", "tokens_per_s", "nelbo_bpb",
 )

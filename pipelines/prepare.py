@@ -39,7 +39,8 @@ from grpo.data import Dataset, open_dataset
 from grpo.shards import FORMAT, SPLITS, finish_dataset, partial_folder, write_piece
 from grpo.sources import PART_BYTES, Part, plan_parts, read_part, source_digests
 from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer
-from pipelines.launch import launch, run_folder, start_ray
+from pipelines.launch import launch, start_ray
+from pipelines.run_folder import run_folder
 
 SAMPLE_PLACES = 16
 _whole: set[Path] = set()

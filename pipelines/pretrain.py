@@ -23,32 +23,26 @@ if __name__ == "__main__":  # `python pipelines/pretrain.py` puts pipelines/ fir
 # ruff: noqa: E402
 import argparse
 import contextlib
-import fcntl
 import json
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
-from grpo.run_checkpoints import find_checkpoint
+from grpo.run_checkpoints import find_checkpoint, newest_step
 from pipelines.figures import pretrain_figure, series
-from pipelines.launch import launch, run_folder, start_ray, write_json
-from pipelines.metric_names import flatten
+from pipelines.fit import fit
+from pipelines.launch import launch, start_ray
 from pipelines.placement import computes_on, node_resources, total
 from pipelines.prepare import prepare
-from pipelines.pretrain_loop import Job, make_trainer, newest_step, read_curve, worker_loop
-from pipelines.progress import Display, follow, start_board, stop_on_signals, summary_table
-from pipelines.ranks import Ranks, beside_main_thread, reason_of, torch_config
+from pipelines.pretrain_loop import Job, make_trainer, read_curve, worker_loop
+from pipelines.progress import Display, summary_table
+from pipelines.ranks import Ranks
+from pipelines.run_folder import alone, check_same, run_folder, write_json
 from pipelines.tracking import Tracker, tracking_uri
 
-MAX_FAILURES = 3
-"""Times that Ray Train starts again after a worker has died."""
-LEFT_BY_SIGNAL = 143
 BOOKKEEPING = ("num_workers", "micro_batches", "log_every", "checkpoint_every")
 """Fields of `pretrain` that change no weight (but for the order of summation)."""
 
@@ -129,68 +123,16 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
 
 
 def _fit(job: Job, display: Display) -> dict[str, Any]:
-    """Run the loop on Ray Train, which starts again after a dead worker."""
-    import ray
+    """Run the loop on Ray Train."""
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     num_workers, nodes = job.config.pretrain.num_workers, node_resources()
     kind = "GPU" if total(nodes, "GPU") else "CPU"
     if num_workers > total(nodes, kind):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
     display.note(f"pretraining {computes_on(nodes, num_workers, 'pretrain.num_workers')}")
-    board = start_board()
-    scratch = job.folder / "ray-train"
-    trainer = TorchTrainer(
-        worker_loop, train_loop_config={"job": replace(job, board=board)},
-        torch_config=torch_config(job.config.run.timeout_s),
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU"),
-        run_config=ray.train.RunConfig(
-            name=f"fit-{time.time_ns()}", storage_path=str(scratch),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR")))
-    news = follow(lambda: ray.get(board.drain.remote(), timeout=10), display)
-    try:
-        with stop_on_signals(lambda: board.stop.remote()), news:
-            result = beside_main_thread(trainer.fit).return_value
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(f"a pretraining worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}; "
-                           f"the same command goes on from step {newest_step(job.folder)}") from error
-    finally:
-        ray.kill(board)
-        shutil.rmtree(scratch, ignore_errors=True)
-    if "error" in result:
-        raise ValueError(result["error"])
-    if "stopped" in result:
-        display.note(f"stopped at step {result['stopped']}; the same command goes on from there")
-        raise SystemExit(LEFT_BY_SIGNAL)
-    return result
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; a second process waits, and then finds the finished model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that works in {folder}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def check_same(folder: Path, decides: dict[str, Any], begun: bool = False) -> None:
-    """A folder that holds weights, or work `begun`, belongs to one config: name the first key that differs."""
-    path = folder / "decides.json"
-    if not path.exists() or not (begun or newest_step(folder) or (folder / "best").exists()):
-        write_json(path, decides)
-        return
-    before, now = (flatten(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            raise ValueError(f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}: choose another "
-                             "run.name, or delete that folder")
+    workers = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU")
+    return fit(worker_loop, job, display, workers=workers, unit="step")
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:

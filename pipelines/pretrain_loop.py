@@ -28,10 +28,10 @@ from actors.pretrainer import Pretrainer
 from grpo.checkpoint import load_checkpoint, load_into, save_checkpoint
 from grpo.config import Config, TrackingSection
 from grpo.config_file import to_dict
-from grpo.data import Cursor, Dataset, open_dataset, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, Cursor, Dataset, open_dataset, windows
 from grpo.metrics import merge_sums
 from grpo.model import GPT
-from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
+from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from pipelines.ranks import Ranks, worker_ranks
 from pipelines.tracking import Tracker
 
@@ -41,7 +41,6 @@ REPORT_S = 0.3
 """Seconds between two messages to the board."""
 SETTLE_S = 10.0
 """Seconds that a checkpoint waits, at most, for the tracking store to hold what came before it."""
-VALIDATION_WINDOWS_SEED = 1
 SHOWN = ("loss_unmask", "loss_next", "loss_wrong", "loss_scorer", "loss_critic", "p_mask_unmask", "val_nelbo_nats",
          "val_loss", "tokens_per_s")
 """Figures of the live line, where a run has them."""
@@ -201,12 +200,6 @@ def _continued_curve(folder: Path, step: int) -> Path:
     path = folder / "curve.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def newest_step(folder: Path) -> int:
-    """Step of the newest whole checkpoint of a run; 0 without one."""
-    newest = latest_checkpoint(folder / "checkpoints")
-    return 0 if newest is None else int(newest.name.rpartition("-")[2])
 
 
 def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Data parallelism inside a Ray Train worker, and the driver's side of a fit.
+"""Data parallelism inside a Ray Train worker.
 
 1. Learners know no ranks: they get `wrap`, which makes a module data-parallel, and `all_reduce`.
 2. A world of one needs neither, so it has neither.
@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,36 +49,3 @@ def _data_parallel(module: nn.Module) -> nn.Module:
 def _all_reduce(tensor: Tensor, op: str = "sum") -> Tensor:
     dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
     return tensor
-
-
-def torch_config(timeout_s: float) -> Any:
-    """Ray Train's process group, whose waits end after `run.timeout_s`."""
-    from ray.train.torch import TorchConfig
-
-    return TorchConfig(timeout_s=math.ceil(timeout_s))
-
-
-def reason_of(error: Exception) -> str:
-    """The last line of what ended a worker, or the controller, of a `TrainingFailedError`."""
-    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None), error]
-    lines = str(next(filter(None, failures))).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def beside_main_thread(call: Callable[[], Any]) -> Any:
-    """Run a blocking call on a thread of its own: the main one keeps its signal handlers, which `fit` would replace."""
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["value"] = call()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, name="fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=1.0)
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]

@@ -25,7 +25,7 @@ from grpo.checkpoint import load_checkpoint, save_checkpoint
 from grpo.config_file import to_dict
 from grpo.data import open_dataset
 from grpo.reward_functions import RewardFunctionError
-from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
+from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
 from pipelines.rollouts import Job, Rollouts, fetch, newest_heads, publish
@@ -66,17 +66,12 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
         ) as tracker:
             return train(job, ranks, tracker.log, report)
     except (RewardFunctionError, FloatingPointError) as error:
-        reason = str(getattr(error, "cause", error))  # an actor's error carries its traceback in its text
+        reason = getattr(error, "cause", error)  # an actor's error carries its traceback in its text
+        reason = f"{reason}; the same command goes on after round {newest_step(job.folder)}"
         fetch(job.board.fail.remote(reason), "the progress board", timeout_s)
         if ranks.world == 1:
             return {"error": reason}
         raise  # the other ranks wait for this one; Ray Train starts all of them again, and they find the reason
-
-
-def newest_round(folder: Path) -> int:
-    """Rounds done at the newest whole checkpoint; 0 without one."""
-    newest = latest_checkpoint(folder / "checkpoints")
-    return 0 if newest is None else int(newest.name.rpartition("-")[2])
 
 
 def train(job: Job, ranks: Ranks, log: Log, report: Report) -> dict[str, Any]:

@@ -39,15 +39,16 @@ from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.run_checkpoints import find_checkpoint
+from pipelines.fit import beside_main_thread
 from pipelines.grpo import check_base, publish_trunk
-from pipelines.launch import launch, run_folder, start_ray, write_json
+from pipelines.launch import launch, start_ray
 from pipelines.measurements import check_enough, fit_judge, measure_natural
 from pipelines.placement import at_once, check_fits, node_resources, task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import alone, check_same, pretrain, what_decides
+from pipelines.pretrain import pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
 from pipelines.progress import Display, follow, start_board, summary_table
-from pipelines.ranks import beside_main_thread
+from pipelines.run_folder import alone, check_same, run_folder, write_json
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, new_record, read_trial, trial_folder

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config import TrackingSection
-from pipelines.launch import write_json
 from pipelines.metric_names import MetricNames, params
 from pipelines.mlflow_records import send, upload_bytes
+from pipelines.run_folder import write_json
 
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
 BATCH = 1000  # metrics per request, MLflow's limit

@@ -27,14 +27,15 @@ import torch
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.mask_bias import overshoot, settle_index
+from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, check_base, start_actors
-from pipelines.launch import worker_threads, write_json
+from pipelines.launch import worker_threads
 from pipelines.measurements import FIGURES, measure
-from pipelines.pretrain import alone
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
 from pipelines.rollouts import Job
+from pipelines.run_folder import alone, write_json
 from pipelines.tracking import Tracker
 
 TOLERANCE = 0.05
@@ -176,7 +177,7 @@ class Trial:
         def log(figures: dict[str, float], step: int, settle: bool) -> None:
             self.tracker.log({f"pretrain/{name}": value for name, value in figures.items()}, step)
 
-        newest = pretrain_loop.newest_step(folder)
+        newest = newest_step(folder)
         for row in read_curve(folder):  # as for the rounds: what the store has is not stored twice
             if row["step"] <= newest:
                 log({name: value for name, value in row.items() if name != "step"}, row["step"], False)

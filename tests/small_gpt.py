@@ -13,10 +13,10 @@ B, T = 3, 9
 CAUSAL = {"attention": "causal", "critic": False, "sampler": False}
 
 
-def make(seed=0, mode="generator", reward=None, lm_residual=0, **section):
+def make(seed=0, mode="generator", reward=None, **section):
     torch.manual_seed(seed)
     section = ModelSection(**{"n_layer": 2, "n_head": 2, "n_embd": 16, **section})
-    model = GPT(section, VOCABULARY, mode=mode, block_size=T, reward=reward, lm_residual=lm_residual)
+    model = GPT(section, VOCABULARY, mode=mode, block_size=T, reward=reward)
     for parameter in model.trunk.parameters():  # far from the initial near-zero weights, so that wrong wiring shows
         nn.init.normal_(parameter, std=0.4)
     return model

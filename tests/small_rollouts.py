@@ -25,7 +25,9 @@ def make_model(base=V, *, causal=False, block_size=T, dtype=torch.float64):
     torch.manual_seed(0)
     kind = dict(attention="causal", critic=False, sampler=False) if causal else {}
     section = ModelSection(n_layer=1, n_head=2, n_embd=8, position="learned", **kind)
-    model = GPT(section, Vocabulary(base), block_size=block_size, lm_residual=4).eval().to(dtype)
+    model = GPT(section, Vocabulary(base), block_size=block_size)
+    model.untie(4)
+    model.eval().to(dtype)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.18 if "heads.lm" in name else 0.3 if "heads" in name else 0.5)

@@ -3,12 +3,10 @@ import pytest
 from grpo.actions import credited_tokens, credits_positions
 
 
-def test_credit_that_would_bias_the_gradient_is_refused():
-    assert credited_tokens("auto", "random", False) == "kept" == credited_tokens("kept", "random", False)
+def test_discarded_proposals_are_left_out_only_where_they_had_no_say():
+    assert credited_tokens("auto", "random", False) == "kept" and credited_tokens("all", "random", False) == "all"
     for remasking, sampler in (("confidence", False), ("critic", False), ("self", True), ("random", True)):
         assert credited_tokens("auto", remasking, sampler) == "all" == credited_tokens("all", remasking, sampler)
-        with pytest.raises(ValueError, match="grpo.policy_tokens must be all or auto when denoise"):
-            credited_tokens("kept", remasking, sampler)
 
 
 def test_positions_are_actions_where_the_heads_choose_at_random():

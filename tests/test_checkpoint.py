@@ -15,7 +15,7 @@ from grpo.config import Config, DataSection, GrpoSection, ModelSection, RewardSe
 from grpo.config_file import to_dict
 from grpo.gpt2 import load_gpt2
 from grpo.model import GPT, text_logits
-from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, prune_checkpoints
+from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from grpo.text_generator import TextGenerator
 from grpo.tokenizer import Vocabulary, build_tokenizer
 
@@ -179,7 +179,7 @@ def test_damaged_checkpoints_are_one_line_errors_and_are_passed_over(tmp_path, f
 
 
 def test_no_checkpoint_is_none_and_a_wrong_folder_an_error(tmp_path):
-    assert latest_checkpoint(tmp_path / "absent") is None
+    assert latest_checkpoint(tmp_path / "absent") is None and newest_step(tmp_path) == 0
     with pytest.raises(ValueError, match="is no checkpoint: it has no manifest.json"):
         load_model(tmp_path)
 
@@ -192,13 +192,14 @@ def test_pruning_keeps_the_newest(tmp_path):
 
 
 def test_pruning_never_keeps_a_damaged_checkpoint_for_one_that_followed(tmp_path):
+    root = tmp_path / "checkpoints"
     for step in (5, 300):
-        save_checkpoint(checkpoint_folder(tmp_path, step), make(), config={})
-    (checkpoint_folder(tmp_path, 300) / checkpoints.MODEL).write_bytes(b"")
-    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 5)
-    save_checkpoint(checkpoint_folder(tmp_path, 6), make(), config={})
-    prune_checkpoints(tmp_path, 1, 6)
-    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, 6) and len(list(tmp_path.iterdir())) == 1
+        save_checkpoint(checkpoint_folder(root, step), make(), config={})
+    (checkpoint_folder(root, 300) / checkpoints.MODEL).write_bytes(b"")
+    assert latest_checkpoint(root) == checkpoint_folder(root, 5) and newest_step(tmp_path) == 5
+    save_checkpoint(checkpoint_folder(root, 6), make(), config={})
+    prune_checkpoints(root, 1, 6)
+    assert latest_checkpoint(root) == checkpoint_folder(root, 6) and len(list(root.iterdir())) == 1
 
 
 def test_whoever_may_read_a_checkpoints_description_may_read_its_weights(tmp_path):

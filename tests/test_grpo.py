@@ -25,8 +25,8 @@ from grpo.config import (
     SamplerSection,
 )
 from grpo.config_file import from_dict, load_config, save_config
+from grpo.run_checkpoints import newest_step
 from pipelines.grpo import _show, main
-from pipelines.rounds import newest_round
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("natural", "base", "base_matched", "final")
@@ -112,7 +112,7 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     for name, tensor in base.trunk.state_dict().items():
         assert final.trunk.state_dict()[name].equal(tensor), name
     assert not final.heads["lm"].weight.equal(base.heads["lm"].weight)
-    assert newest_round(folder) == ROUNDS + WARMUP
+    assert newest_step(folder) == ROUNDS + WARMUP
     for saved in (load_config(folder / "config.yaml"), from_dict(load_checkpoint(folder / "final").config)):
         assert saved.tracking == config.tracking  # the store of this machine is not the next one's
 
@@ -135,12 +135,12 @@ def test_a_run_whose_driver_is_killed_ends_as_the_undisturbed_one(config, steady
         text=True,
     )
     deadline = time.monotonic() + 150
-    while newest_round(folder) < 4 and driver.poll() is None and time.monotonic() < deadline:
+    while newest_step(folder) < 4 and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL, driver.stderr.read()
     driver.stderr.close()
-    assert 4 <= newest_round(folder) < ROUNDS + WARMUP and not (folder / "summary.json").exists()
+    assert 4 <= newest_step(folder) < ROUNDS + WARMUP and not (folder / "summary.json").exists()
 
     summary = main(killed, None)
     assert summary["mlflow_run_id"] != undisturbed["mlflow_run_id"]

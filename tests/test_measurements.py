@@ -7,13 +7,12 @@ import torch
 from grpo.checkpoint import load_model, save_checkpoint
 from grpo.config import DataSection
 from grpo.config_file import load_config, to_dict
-from grpo.data import make_dataset, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, make_dataset, windows
 from grpo.example_rewards import balanced_brackets, vowel_share
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 from pipelines.live_view import token_pieces
 from pipelines.measurements import (
-    VALIDATION_WINDOWS_SEED,
     Setting,
     check_splits,
     fit_judge,

@@ -11,7 +11,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config import ClusterSection, GrpoSection
 from pipelines.placement import at_once, check_fits, computes_on, node_resources, placed, task_options
-from pipelines.ranks import reason_of, torch_config
 
 ROOT = Path(__file__).resolve().parent.parent
 GRPO = GrpoSection(num_workers=2, rollout_actors=4, prompts=8)
@@ -129,15 +128,6 @@ def test_how_many_fit_at_once_is_bounded_by_the_scarcest(monkeypatch):
     assert at_once(nodes, {"CPU": 1.0}) == (75, 64)
     assert at_once(nodes, {"CPU": 1.0, "GPU": 0.4}, {"GPU": 0.1}) == (10, 3)  # two on the first node, three on the next
     assert at_once(nodes, {"CPU": 70.0}) == (1, 1)
-
-
-def test_what_ended_the_workers_is_one_line():
-    from ray.train import WorkerGroupError
-
-    trace = "Traceback (most recent call last):\n  File ...\nTimeoutError: waited 3 s for scores of round 2\n"
-    error = WorkerGroupError("...", {1: RuntimeError(trace)})
-    assert reason_of(error) == "TimeoutError: waited 3 s for scores of round 2"
-    assert torch_config(12.5).timeout_s == 13
 
 
 @pytest.mark.ray

@@ -29,9 +29,10 @@ from grpo.config import (
 )
 from grpo.config_file import save_config, to_dict
 from grpo.data import make_dataset
+from grpo.run_checkpoints import newest_step
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
-from pipelines.pretrain_loop import Job, newest_step, read_curve, train
+from pipelines.pretrain_loop import Job, read_curve, train
 from pipelines.ranks import Ranks
 
 torch.set_num_threads(1)

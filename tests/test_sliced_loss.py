@@ -22,12 +22,16 @@ def make(untied):
     return head, torch.randn(B, T, C, dtype=torch.float64, requires_grad=True), torch.randint(0, V, (B, T))
 
 
+def sliced(head, hidden, loss):
+    return sliced_loss(head, hidden, loss, vocabulary=V, parameters=[*head.parameters()] or [head.weight])
+
+
 def value_and_gradients(head, hidden, targets, seen):
     def loss(rows, logits):
         seen.append(len(logits))
         return F.cross_entropy(logits.flatten(0, 1), targets[rows].flatten(), reduction="sum") / 10
 
-    value = 3 * sliced_loss(head, hidden, loss)  # what follows the sum reaches the gradients
+    value = 3 * sliced(head, hidden, loss)  # what follows the sum reaches the gradients
     learned = [p for p in (hidden, *head.parameters(), head.weight) if p.requires_grad]
     return value, torch.autograd.grad(value, learned)
 
@@ -57,7 +61,7 @@ def test_without_gradients_it_is_the_plain_sum(monkeypatch):
     expected = head(hidden).square().sum()
     monkeypatch.setitem(grpo.sliced_loss.LOGITS_AT_ONCE, "cpu", T * V)
     with torch.no_grad():
-        torch.testing.assert_close(sliced_loss(head, hidden, lambda rows, logits: logits.square().sum()), expected)
+        torch.testing.assert_close(sliced(head, hidden, lambda rows, logits: logits.square().sum()), expected)
 
 
 def test_autocast_reaches_the_slices(monkeypatch):
@@ -71,6 +75,6 @@ def test_autocast_reaches_the_slices(monkeypatch):
         return logits.float().square().sum()
 
     with torch.autocast("cpu", torch.bfloat16):
-        value = sliced_loss(head, hidden, loss)
+        value = sliced(head, hidden, loss)
     value.backward()
     assert kinds == {torch.bfloat16} and embedding.weight.grad.abs().sum() > 0 and hidden.grad.abs().sum() > 0

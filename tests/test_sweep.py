@@ -27,8 +27,8 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
-from pipelines.launch import write_json
 from pipelines.progress import Display
+from pipelines.run_folder import write_json
 from pipelines.sweep import (
     _news,
     _own_bases,

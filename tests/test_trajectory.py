@@ -10,7 +10,7 @@ from grpo.config import DenoiseSection
 from grpo.metrics import means
 from grpo.noise import row_seeds
 from grpo.trajectory import (
-    action_tables,
+    choice_log_probs,
     credited,
     policy_log_probs,
     roll_out,
@@ -94,9 +94,11 @@ def test_a_trajectory_does_not_depend_on_its_batch(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_are_normalised_over_possible_actions(kind):
     model, rollout = large(kind)
-    for table in action_tables(model, rollout):
+    tokens = policy_log_probs(model, rollout)
+    positions = [] if rollout.choices is None else [choice_log_probs(model, rollout.choices)]
+    for table in (tokens, *positions):
         torch.testing.assert_close(table.exp().sum(-1), torch.ones(len(table), dtype=table.dtype))
-    assert torch.equal(action_tables(model, rollout)[0] > -math.inf, rollout.support)
+    assert torch.equal(tokens > -math.inf, rollout.support)
     if rollout.choices is not None:
         drawn = rollout.choices
         assert drawn.left.gather(1, drawn.actions[:, None]).all()

@@ -7,6 +7,7 @@ from grpo.config import ModelSection
 from grpo.corruption import corrupt, stratified_rows
 from grpo.model import GPT
 from grpo.noise import PROPOSE, SEED, row_seeds, uniforms
+from grpo.sliced_loss import LOGITS_AT_ONCE
 from grpo.tokenizer import Vocabulary
 from grpo.wavefront import (
     nucleus,
@@ -224,7 +225,9 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_its_mass():
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_sampler_loss_reaches_no_other_parameter(untied):
+@pytest.mark.parametrize("at_once", [1 << 21, 40])
+def test_sampler_loss_reaches_no_other_parameter(untied, at_once, monkeypatch):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     model = make_model()
     if untied:
         model.untie(8)
@@ -239,7 +242,9 @@ def test_sampler_loss_reaches_no_other_parameter(untied):
     assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in reached)
 
 
-def test_sampler_loss_equals_a_loop_over_masked_positions():
+@pytest.mark.parametrize("at_once", [1 << 21, 40])
+def test_sampler_loss_equals_a_loop_over_masked_positions(at_once, monkeypatch):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
     model = make_model()
     vocabulary = model.vocabulary
     clean = torch.randint(0, BASE, (3, 9))
