@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -98,7 +97,6 @@ def nfe_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, float]) 
         natural: `judge_nll` and `entropy` of natural text.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     lines: dict[str, list[tuple[float, float]]] = {}
     for (model, nfe, *kind), line in _lines(rows, "nfe").items():
@@ -132,7 +130,6 @@ def denoising_figure(texts: Sequence[Mapping[str, Any]], *, steps: int) -> Figur
     lines = [-(-len(row) // columns) for row in pieces]
     judged = texts[0]["p_wrong"] is not None
     figure = Figure(figsize=(10, 0.45 * sum(lines) + 0.4 * len(texts)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(texts), squeeze=False, height_ratios=lines)[:, 0]
     for text, row, axis, num_lines in zip(texts, pieces, axes, lines, strict=True):
         values = np.full(num_lines * columns, np.nan)
@@ -167,7 +164,6 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]], natural: Mapping[str, flo
         natural: `judge_nll` and `entropy` of natural text.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.add_subplot()
     models = list(dict.fromkeys(row["model"] for row in rows))
     steps = sorted({row["steps"] for row in rows})
@@ -201,7 +197,6 @@ def _panels(
 ) -> tuple[Figure, Any, Any]:
     """Two panels to a row, on a grid of `rows`; returns figure, grid and the axis whose x all share."""
     figure = Figure(figsize=(10, 2.25 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     grid, first = figure.add_gridspec(rows, 2), None
     for index, (name, title) in enumerate(panels.items()):
         axis = figure.add_subplot(grid[index // 2, index % 2], sharex=first)

@@ -98,7 +98,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         with Tracker(
             config.tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1
         ) as tracker:
-            tracker.dataset(paths.dataset.name, paths.dataset.name, config.data.source, meta["splits"])
+            tracker.dataset(paths.dataset, config.data.source, meta["splits"])
             history, rows = _train_and_measure(config, paths, folder, tracker, display)
             gain = judge_nll_gain(rows)
             summary = {
@@ -140,7 +140,6 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
             if watched := rows["final"]["denoising"]:
                 tracker.figure("denoising", denoising_figure(watched, steps=config.denoise.steps))
             tracker.model(folder / "final")
-            tracker.artifact(folder / "final", "checkpoint")
             tracker.artifact(folder / "summary.json")
     _show(config, folder, rows, summary)
     return summary
@@ -182,19 +181,28 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
-    shape = load_model(base)
-    check_tokenizer(base, open_dataset(dataset).tokenizer, "grpo.base")
-    check_splits(base, config.data, open_dataset(dataset).sources, "grpo.base")
-    if shape.block_size != config.data.block_size:
-        raise ValueError(
-            f"grpo.base {base} was trained with data.block_size {shape.block_size}, got {config.data.block_size}"
-        )
-    residual = shape.residual
-    if residual not in (0, config.grpo.residual):
-        raise ValueError(f"grpo.residual must be {residual}, as in grpo.base {base}, got {config.grpo.residual}")
+    shape = check_base(base, config, dataset)
     _credits(config, resolve_policy(config.denoise.remasking, shape, classifier))
     display.note("waiting for the judge")
     return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
+
+
+def check_base(base: Path, config: Config, dataset: Path) -> GPT:
+    """The base model of the rounds.
+
+    Raises:
+        ValueError: it does not fit the data or `grpo.residual`.
+    """
+    model, data = load_model(base), open_dataset(dataset)
+    check_tokenizer(base, data.tokenizer, "grpo.base")
+    check_splits(base, config.data, data.sources, "grpo.base")
+    if model.block_size != config.data.block_size:
+        raise ValueError(
+            f"grpo.base {base} was trained with data.block_size {model.block_size}, got {config.data.block_size}"
+        )
+    if model.residual not in (0, config.grpo.residual):
+        raise ValueError(f"grpo.residual must be {model.residual}, as in grpo.base {base}, got {config.grpo.residual}")
+    return model
 
 
 def _credits(config: Config, remasking: str) -> tuple[str, bool]:

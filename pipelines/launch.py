@@ -2,7 +2,7 @@
 
 1. `launch` turns a `ValueError` (something that a user wrote) into one line and exit code 2; anything else is our bug
    and keeps its traceback.
-2. Environment variables that silence Ray and MLflow are set before either is imported, and never override the user's.
+2. Environment variables that silence Ray are set before it is imported, and never override the user's.
 3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
    finds `grpo`, `actors` and `pipelines` in its workers as well.
 """
@@ -34,8 +34,6 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # actors and ranks are the run itself; at Ray's 15 whatever else runs here stops them
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other worker on a shared machine
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
 }
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +44,7 @@ CONNECT_S = 5.0
 
 
 def quiet() -> None:
-    """Silence other libraries' noise; call before importing ray or mlflow."""
+    """Silence other libraries' noise; call before importing ray."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -50,13 +50,16 @@ class MetricNames:
         return clean
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys and text values of a resolved config; values over 500 characters are cut."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            text = str(value)
-            flat[prefix + key] = text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def params(config: Mapping[str, Any]) -> dict[str, str]:
+    """A resolved config as MLflow's params, by names that a server takes; values over 500 characters are cut."""
+    texts = {metric_name(key): str(value) for key, value in flatten(config).items()}
+    return {key: text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
+            for key, text in texts.items()}

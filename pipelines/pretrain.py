@@ -111,13 +111,14 @@ def _fit_and_track(config: Config, dataset: Dataset, folder: Path, display: Disp
     """Train under one MLflow run, which the driver owns and rank 0 writes to; returns rank 0's figures."""
     tracking = replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output))
     with Tracker(tracking, folder, folder.name, config=to_dict(config), start_step=newest_step(folder) + 1) as tracker:
-        tracker.dataset(dataset.folder.name, dataset.folder.name, config.data.source, dataset.meta["splits"])
+        tracker.dataset(dataset.folder, config.data.source, dataset.meta["splits"])
         start_ray()
         figures = _fit(PretrainJob(config=config, dataset=dataset.folder, folder=folder), tracker, display)
         if config.pretrain.mode == "generator":
             tracker.figure("pretraining", pretrain_figure(series(read_curve(folder)), target=config.mask_bias.target))
             tracker.model(folder / "best")
-        tracker.artifact(folder / "best", "checkpoint")
+        else:
+            tracker.artifact(folder / "best", "checkpoint")
         return figures
 
 

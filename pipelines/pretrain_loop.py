@@ -68,15 +68,16 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
         if ranks.rank > 0:
             return train(job, ranks, lambda done, figures: False, lambda figures, step, settle: None)
         start = newest_step(job.folder)
+        board = settings["board"]
         with Tracker(settings["tracking"], job.folder, job.folder.name, run_id=settings["mlflow_run"], writer="rank0",
-                     start_step=start + 1) as tracker:
+                     start_step=start + 1, warn=lambda text: board.note.remote(text)) as tracker:
 
             def log(figures: dict[str, float], step: int, settle: bool) -> None:
                 tracker.log(figures, step)
                 if settle:
                     tracker.flush(SETTLE_S)
 
-            return train(job, ranks, _reporter(settings["board"], job.config.pretrain.steps), log)
+            return train(job, ranks, _reporter(board, job.config.pretrain.steps), log)
     except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
         return {"error": str(error)}
 

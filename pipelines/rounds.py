@@ -56,8 +56,15 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         if ranks.rank > 0:
             return train(job, ranks, lambda figures, step: None, report)
-        tracking, run_id = settings["tracking"], settings["mlflow_run"]
-        with Tracker(tracking, job.folder, job.folder.name, run_id=run_id, start_step=1, writer="rank0") as tracker:
+        with Tracker(
+            settings["tracking"],
+            job.folder,
+            job.folder.name,
+            run_id=settings["mlflow_run"],
+            start_step=1,
+            writer="rank0",
+            warn=lambda text: board.note.remote(text),
+        ) as tracker:
             return train(job, ranks, tracker.log, report, board.note.remote)
     except (RewardFunctionError, FloatingPointError) as error:
         reason = getattr(error, "cause", error)  # an actor's error carries its traceback in its text

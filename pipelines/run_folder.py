@@ -19,6 +19,7 @@ from typing import Any
 from grpo.config import RunSection
 from grpo.files import write_json
 from grpo.run_checkpoints import newest_step
+from pipelines.metric_names import flatten
 
 
 def run_folder(run: RunSection, default: str, *, caches: bool = True) -> Path:
@@ -84,15 +85,8 @@ def check_same(folder: Path, decides: dict[str, Any], begun: bool = False) -> No
     if not path.exists() or not (begun or newest_step(folder) or (folder / "best").exists()):
         write_json(path, decides)
         return
-    before, now = (_flat(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
+    before, now = (flatten(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ValueError(f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}: choose another "
                              "run.name, or delete that folder")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -45,8 +45,9 @@ from grpo.noise import row_seeds
 from grpo.remasking import resolve_policy
 from grpo.run_checkpoints import find_checkpoint
 from grpo.tokenizer import Tokenizer
+from pipelines.denoising_page import write_page
 from pipelines.launch import checkpoint_config, launch
-from pipelines.live_view import Recorder, counts, legend, render, write_page
+from pipelines.live_view import Recorder, counts, legend, render
 from pipelines.run_folder import check_file, run_folder
 
 SAMPLE_STREAM = 41

@@ -33,7 +33,6 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from grpo.checkpoint import load_model
 from grpo.config import Config
 from grpo.config_file import config_hash, save_config, to_dict, with_values
 from grpo.config_model import one_of
@@ -42,21 +41,23 @@ from grpo.data import open_dataset
 from grpo.files import write_json
 from grpo.run_checkpoints import find_checkpoint
 from pipelines.fit import beside_main_thread
-from pipelines.grpo import publish_trunk
+from pipelines.grpo import check_base, publish_trunk
 from pipelines.launch import launch, start_ray
 from pipelines.measurements import check_enough, fit_judge, measure_natural
 from pipelines.placement import at_once, check_fits, node_resources, on_gpu, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
 from pipelines.pretrain_loop import read_curve
-from pipelines.progress import Display, summary_table
+from pipelines.progress import Display, follow, start_board, summary_table
 from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
-from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, read_trial, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, new_record, read_trial, trial_folder
 
 SHARED_SECTIONS = ("run", "data", "evaluation", "tracking", "cluster", "sweep")
 """What all trials have in common; of `run`, the seed alone may be swept."""
+SHARED_KEYS = ("grpo.base", "grpo.num_workers", "grpo.rollout_actors", "pretrain.num_workers")
+"""The same of other sections: a trial has the sweep's base or its own, and one process with one actor of a kind."""
 COLUMNS = ("val_bpb", "p_mask_settled_step", "p_mask_overshoot", "critic_auroc", "wall_s")
 """Figures of the table, beside the swept keys and the objective, where trials have them."""
 
@@ -76,7 +77,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         save_config(config, folder / "config.yaml")
         with Tracker(config.tracking, folder, folder.name, config=to_dict(config)) as tracker:
             meta = open_dataset(shared.dataset).meta
-            tracker.dataset(shared.dataset.name, shared.dataset.name, config.data.source, meta["splits"])
+            tracker.dataset(shared.dataset, config.data.source, meta["splits"])
             _search(replace(shared, mlflow_run=tracker.run_id), display)
             trials = read_trials(folder)
             best = best_trial(trials, config.sweep)
@@ -103,9 +104,13 @@ def check_space(config: Config) -> None:
         ValueError: one line naming the key.
     """
     for key, (_, values) in config.sweep.ranges.items():
-        if key.partition(".")[0] in SHARED_SECTIONS and key != "run.seed":
+        section = key.partition(".")[0]
+        if key in SHARED_KEYS or (section in SHARED_SECTIONS and key != "run.seed"):
             raise ValueError(f"sweep.space.{key} must be a key of one trial, got one of what all trials share "
-                             f"({', '.join(SHARED_SECTIONS)})")
+                             f"({', '.join(SHARED_SECTIONS + SHARED_KEYS)})")
+        if config.grpo.base and section in ("model", "pretrain"):
+            raise ValueError(f"sweep.space.{key} must be left out where grpo.base is given (no trial pretrains then), "
+                             f"got {values}: sweep other keys, or leave grpo.base empty")
         for value in values:
             with_values(config, {key: value}, "sweep.space")
 
@@ -162,7 +167,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     base = trunk = None
     if not _own_bases(config):
         base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
-        model = load_model(base)
+        model = check_base(base, config, dataset)
         trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
     display.note("waiting for the judge")
     judge = ray.get(judge)
@@ -178,6 +183,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         entropy=natural["entropy"],
         tracking=replace(config.tracking, uri=tracking_uri(config.tracking, config.run.output)),
         mlflow_run=None,
+        board=start_board(),
         device="cuda" if gpu else "cpu",
         neighbors=min(at_once(node_resources(), *_bundles(config, gpu))[1], num_trials(config.sweep)),
     )
@@ -202,6 +208,7 @@ def _own_bases(config: Config) -> bool:
 
 def _search(shared: Shared, display: Display) -> None:
     """Run Tune until every trial has finished, failed or been stopped."""
+    import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -234,8 +241,10 @@ def _search(shared: Shared, display: Display) -> None:
         ),
     )
     try:
-        beside_main_thread(tuner.fit)
+        with follow(lambda: ray.get(shared.board.drain.remote(), timeout=10), display):
+            beside_main_thread(tuner.fit)
     finally:
+        ray.kill(shared.board)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -302,10 +311,14 @@ def _news(shared: Shared, display: Display, total: int) -> Any:
             nonlocal ended
             ended += 1
             folder = trial_folder(shared.folder, trial.config)
-            record = read_trial(folder)
+            record = read_trial(folder) or new_record(folder, trial.config)  # none: it died before its first word
             if record["status"] == "running":
                 record |= {"status": status, "reason": reason}
+                folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "trial.json", record)
+            if record["status"] != "failed":  # the models stay; a stopped trial that ever goes on makes its rounds anew
+                for made in (folder, folder / "base"):
+                    shutil.rmtree(made / "checkpoints", ignore_errors=True)
             told = record.get("reason") or f"{sweep.objective} {record['reports'][-1][sweep.objective]:.4g}"
             display.note(f"trial {record['trial']} {record['status']}: {told}")
             display.phase("trials", ended, total)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 Ranges = Mapping[str, tuple[str, Sequence[Any]]]
 """Kind and values of each swept key's range (`SweepSection.ranges`)."""
@@ -57,7 +57,6 @@ def responses(trials: Trials, ranges: Ranges, figures: Sequence[str]) -> Figure:
     measured = [trial for trial in trials if trial["reports"]]
     shown = [name for name in figures if any(name in trial["reports"][-1] for trial in measured)]
     figure = Figure(figsize=(3 * len(ranges) + 1, 2.4 * max(len(shown), 1) + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(max(len(shown), 1), len(ranges), squeeze=False, sharey="row")
     for row, name in enumerate(shown):
         rows = [trial for trial in measured if name in trial["reports"][-1]]
@@ -71,7 +70,8 @@ def responses(trials: Trials, ranges: Ranges, figures: Sequence[str]) -> Figure:
                 axis.set_xscale("log")
             if listed:
                 axis.set_xticks(range(len(values)), [str(value) for value in values])
-            axis.set_title(f"rank correlation {rank_correlation(across, up):+.2f}", fontsize=8, loc="right")
+            if np.ptp(across) and np.ptp(up):
+                axis.set_title(f"rank correlation {spearmanr(across, up).statistic:+.2f}", fontsize=8, loc="right")
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
             if row == len(shown) - 1:
@@ -101,18 +101,8 @@ def approaches(curves: Sequence[tuple[Sequence[float], Sequence[float], float]],
     return figure
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: the correlation of ranks, ties sharing their mean; 0 where either is constant."""
-    ranks = [np.array([(np.sum(v < each) + np.sum(v <= each) + 1) / 2 for each in v]) for v in (x, y)]
-    spreads = [rank.std() for rank in ranks]
-    if not len(x) or not all(spreads):
-        return 0.0
-    return float(np.mean((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())) / (spreads[0] * spreads[1]))
-
-
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
 

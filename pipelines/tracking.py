@@ -23,7 +23,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -33,11 +32,12 @@ from typing import Any
 
 from grpo.config import TrackingSection
 from grpo.files import write_json
-from pipelines.metric_names import MetricNames, flatten
-from pipelines.mlflow_model import save_model
+from pipelines.metric_names import MetricNames, params
+from pipelines.mlflow_records import send, upload_bytes
 
 MAX_PENDING = 20_000  # records (a step each, mostly) kept while the store is away: some 30 MB
 BATCH = 1000  # metrics per request, MLflow's limit
+SLOWEST = 1_000_000  # bytes per second of an upload that `finish` waits for
 IDENTITY = "mlflow.json"  # in a run's folder: of which MLflow run it is
 _ENVIRONMENT = {"MLFLOW_LOGGING_LEVEL": "ERROR", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
                 "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -135,9 +135,9 @@ class Tracker:
         if self._keep(self.folder / "figures" / f"{name}.png", lambda path: figure.savefig(path, dpi=150)):
             self.artifact(self.folder / "figures" / f"{name}.png", "figures")
 
-    def dataset(self, name: str, fingerprint: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Note the training data: name, sha256, where it came from, and its counts."""
-        self._add({"do": "dataset", "name": name, "digest": fingerprint[:36], "source": source,
+    def dataset(self, folder: Path, source: str, profile: Mapping[str, Any]) -> None:
+        """Note the training data: its folder, which is named by what decides it, where it came from, and its counts."""
+        self._add({"do": "dataset", "name": folder.name, "source": source,
                    "profile": json.dumps(dict(profile), default=str)})
 
     def flush(self, timeout_s: float = 30.0) -> bool:
@@ -146,21 +146,32 @@ class Tracker:
         return self._stored()
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 60.0) -> None:
-        """Send what is left, set the run's status (FINISHED, FAILED, KILLED) unless attached, and end the thread."""
+        """Send what is left, set the run's status (FINISHED, FAILED, KILLED) unless attached, and end the thread.
+
+        Uploads that are under way after `timeout_s` may take as long again as their size asks for (`SLOWEST`).
+        """
         if self._closing:
             return
         if not self._attached:
             self._add({"do": "status", "status": status})
         stored = self.flush(timeout_s)
+        left = sum(map(upload_bytes, list(self._pending)))
+        if left and not stored and not self._failures:
+            self._warn(f"tracking: {left / 1e6:.3g} MB are on their way to {self._place}; waiting for them up to "
+                       f"{left / SLOWEST:.0f} s")
+            stored = self.flush(left / SLOWEST)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(timeout=min(5.0, timeout_s))  # it may hang in a request; it is a daemon
         if not stored:
             self._write_unsent()
+            waiting = list(self._pending)
+            uploads = [record["path"] for record in waiting if upload_bytes(record)]
             kept = f"are in {self._file} and are sent when this run is resumed"
-            self._warn(f"tracking: {len(self._pending)} records could not be sent to {self._place}; they "
-                       + (kept if self._written >= len(self._pending) else "are lost, as nothing could be written"))
+            self._warn(f"tracking: {len(waiting)} records could not be sent to {self._place}"
+                       + (f", {', '.join(uploads)} among them" if uploads else "") + "; they "
+                       + (kept if self._written >= len(waiting) else "are lost, as nothing could be written"))
         if self._dropped:
             self._warn(f"tracking: {self._dropped} records were given up while {self._place} was away (more than "
                        f"{MAX_PENDING} waited)")
@@ -269,11 +280,11 @@ class Tracker:
     def _log_config(self, client: Any, run: Any) -> None:
         from mlflow.entities import Param, RunTag
 
-        flat, known = flatten(self._config), run.data.params
-        params = [Param(key, value) for key, value in flat.items() if key not in known]
-        tags = [RunTag(f"resumed_with.{key}", value) for key, value in flat.items() if known.get(key, value) != value]
-        for start in range(0, len(params), 100):
-            client.log_batch(run.info.run_id, params=params[start: start + 100])
+        given, known = params(self._config), run.data.params
+        new = [Param(key, value) for key, value in given.items() if key not in known]
+        tags = [RunTag(f"resumed_with.{key}", value) for key, value in given.items() if known.get(key, value) != value]
+        for start in range(0, len(new), 100):
+            client.log_batch(run.info.run_id, params=new[start: start + 100])
         for start in range(0, len(tags), 100):
             client.log_batch(run.info.run_id, tags=tags[start: start + 100])
         client.log_dict(run.info.run_id, dict(self._config), "config.yaml")
@@ -304,39 +315,11 @@ class Tracker:
     def _send_or_give_up(self, record: dict[str, Any]) -> None:
         """A record that fails though the store answers (a refused value, artifacts out of reach) is dropped."""
         try:
-            self._send_record(record)
+            send(self._client, self._run_id, record, self._warn)
         except Exception as error:
             self._client.get_run(self._run_id)  # raises when it is the store that is away: then the record waits
             self._warn(f"tracking: {record['do']} {record.get('path', '')} was refused "
                        f"({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}); the run goes on")
-
-    def _send_record(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        client, do = self._client, record["do"]
-        if do == "artifact":
-            path = Path(record["path"])
-            if path.is_dir():
-                client.log_artifacts(self._run_id, str(path), record["folder"] or None)
-            elif path.exists():
-                client.log_artifact(self._run_id, str(path), record["folder"] or None)
-            else:
-                self._warn(f"tracking: {path} is gone and was not uploaded")
-        elif do == "model":
-            with tempfile.TemporaryDirectory() as folder:
-                save_model(record["path"], Path(folder) / "model")
-                client.log_artifacts(self._run_id, folder)
-        elif do == "table":
-            known = json.loads(client.get_run(self._run_id).data.tags.get("mlflow.loggedArtifacts", "[]"))
-            entry = {"path": record["name"], "type": "table"}
-            if entry not in known:
-                client.set_tag(self._run_id, "mlflow.loggedArtifacts", json.dumps([*known, entry]))
-        elif do == "dataset":
-            data = Dataset(record["name"], record["digest"], "local", json.dumps({"uri": record["source"]}),
-                           profile=record["profile"])
-            client.log_inputs(self._run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
-        else:
-            client.set_terminated(self._run_id, record["status"])
 
     def _write_unsent(self) -> None:
         """Append to the file what waits and is not in it; without a disk to write on, memory has to do."""

@@ -33,7 +33,7 @@ from grpo.files import write_json
 from grpo.metrics import overshoot, settle_index
 from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
-from pipelines.grpo import Paths, start_actors
+from pipelines.grpo import Paths, check_base, start_actors
 from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
 from pipelines.pretrain_loop import read_curve
 from pipelines.ranks import Ranks
@@ -76,6 +76,8 @@ class Shared:
     """With the URI that the driver resolved."""
     mlflow_run: str | None
     """The sweep's run, of which those of the trials are children."""
+    board: Any
+    """Handle of the `ProgressBoard` actor."""
     device: str
     neighbors: int
     """Trials that run at once on one machine, this one included."""
@@ -91,31 +93,25 @@ def read_trial(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def new_record(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The record of a trial that begins."""
+    return {"trial": folder.name, "values": values, "status": "running", "started": time.time(), "wall_s": 0.0,
+            "reports": []}
+
+
 class Trial:
     """A trial in a process: `step` gives one report after another, `close` lets go of actors and tracking."""
 
     def __init__(self, shared: Shared, values: dict[str, Any]) -> None:
-        config = with_values(shared.config, values, "sweep.space")
-        single = {"num_workers": 1, "rollout_actors": 1}
-        self.config = replace(
-            config, grpo=replace(config.grpo, **single), pretrain=replace(config.pretrain, num_workers=1)
-        )
         self.shared, self.folder = shared, trial_folder(shared.folder, values)
         self.base, self.ranks = shared.base or self.folder / "base" / "best", Ranks(device=shared.device)
         self.open, self.reported = ExitStack(), 0
         self.tracker: Tracker | None = None
         self.job: RoundsJob | None = None
         self.open.enter_context(alone(self.folder))
-        self.record = read_trial(self.folder) or {
-            "trial": self.folder.name,
-            "values": values,
-            "status": "running",
-            "started": time.time(),
-            "wall_s": 0.0,
-            "reports": [],
-        }
+        self.record = read_trial(self.folder) or new_record(self.folder, values)
         write_json(self.folder / "trial.json", self.record)
-        torch.set_num_threads(worker_threads(self.config.run.threads, shared.neighbors))
+        torch.set_num_threads(worker_threads(shared.config.run.threads, shared.neighbors))
 
     def step(self) -> dict[str, float]:
         """The next report: figures so far, the first one after pretraining, then one after each stretch of rounds."""
@@ -136,9 +132,11 @@ class Trial:
 
     def _advance(self) -> None:
         """Make the next report."""
-        started, sweep = time.monotonic(), self.config.sweep
+        started, sweep = time.monotonic(), self.shared.config.sweep
+        self.record["status"] = "running"  # it may have been stopped when trials came in another order
+        self.record.pop("reason", None)
         if self.tracker is None:
-            self._track()
+            self._begin()
         figures = self._rounds(self.reported) if self.reported else self._pretrain()
         newest = self.folder / "final" if self.reported else self.base
         row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy,
@@ -161,14 +159,18 @@ class Trial:
         self.tracker.flush()  # what is on record is not logged again
         write_json(self.folder / "trial.json", self.record)
 
-    def _track(self) -> None:
-        nested: dict[str, dict[str, Any]] = {}
-        for key, value in self.record["values"].items():
-            section, _, name = key.partition(".")
-            nested.setdefault(section, {})[name] = value
+    def _begin(self) -> None:
+        """Resolve the config, which may refuse this combination of values, as may the base, and start tracking."""
+        config = with_values(self.shared.config, self.record["values"], "sweep.space")
+        single = {"num_workers": 1, "rollout_actors": 1}
+        self.config = replace(
+            config, grpo=replace(config.grpo, **single), pretrain=replace(config.pretrain, num_workers=1)
+        )
+        if self.shared.base:
+            check_base(self.shared.base, self.config, self.shared.dataset)
         self.tracker = self.open.enter_context(
-            Tracker(self.shared.tracking, self.folder, self.folder.name, config=nested,
-                    parent_run_id=self.shared.mlflow_run)
+            Tracker(self.shared.tracking, self.folder, self.folder.name, config=self.record["values"],
+                    parent_run_id=self.shared.mlflow_run, warn=lambda text: self.shared.board.note.remote(text))
         )
         save_config(self.config, self.folder / "config.yaml")
         self.tracker.artifact(self.folder / "config.yaml")
@@ -218,7 +220,13 @@ class Trial:
         history = rounds.train(job, self.ranks, log, lambda done, total, figures: False)["history"]
         first = self.config.warmup_rounds + self._rounds_until(stretch - 1)
         rows = [row for row in history if row["step"] > first]
-        return {name: fmean(row[name] for row in rows) for name in rows[-1] if name != "step"}
+        return means_of(rows)
+
+
+def means_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means of figures over the rounds that have them: a round of fresh rollouts, for example, has no importance."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
 def settling(curve: list[dict[str, float]], target: float, num_steps: int) -> dict[str, float]:

@@ -77,11 +77,14 @@ def heads(folder):
     return {name: tensor for name, tensor in tensors.items() if name.startswith("heads.")}
 
 
-def logged(output, run_id, name):
+def store(output):
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
-    return [point.step for point in client.get_metric_history(run_id, name)]
+    return mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+
+
+def logged(output, run_id, name):
+    return [point.step for point in store(output).get_metric_history(run_id, name)]
 
 
 @pytest.mark.ray
@@ -105,6 +108,8 @@ def test_a_run_goes_from_text_to_figures(config, steady):
     assert (written["judge_nll_gain"] is not None) == (abs(error) <= 0.01 * entropy)
     gained = logged(output, written["mlflow_run_id"], "judge_nll_gain")
     assert gained == ([] if written["judge_nll_gain"] is None else [ROUNDS + WARMUP])
+    artifacts = {each.path for each in store(output).list_artifacts(written["mlflow_run_id"])}
+    assert "model" in artifacts and "checkpoint" not in artifacts  # the weights travel once
     for name, count in (("reward_accuracy", ROUNDS + WARMUP), ("kl", ROUNDS)):
         steps = logged(output, written["mlflow_run_id"], name)
         assert steps == list(range(ROUNDS + WARMUP - count + 1, ROUNDS + WARMUP + 1))

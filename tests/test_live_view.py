@@ -1,6 +1,3 @@
-import json
-import re
-
 import pytest
 import torch
 
@@ -9,7 +6,7 @@ from grpo.denoise import denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.tokenizer import build_tokenizer
-from pipelines.live_view import MASK_TEXT, Frame, Recorder, legend, render, token_pieces, write_page
+from pipelines.live_view import MASK_TEXT, Recorder, legend, render, token_pieces
 
 torch.set_num_threads(1)
 TOKENIZER = build_tokenizer("bytes")
@@ -81,18 +78,3 @@ def test_the_terminal_shows_each_token_in_its_kinds_style(recorded):
     styles = [str(span.style) for span in text.spans]
     assert styles[0] == "cyan" and any("red" in style and "on rgb" in style for style in styles)
     assert "re-masked" in legend().plain
-
-
-def test_the_page_holds_every_frame_and_needs_no_network(recorded, tmp_path):
-    recorder, texts = recorded
-    samples = [recorder.sample(row, texts) for row in range(3)]
-    samples[2].append(Frame("a text that would end the data", ["</script><!--<script>"], "k", [-1]))
-    write_page(tmp_path / "new" / "page.html", samples, "A <b> title", "settings & more")
-    page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S).group(1))
-    assert [[tuple(frame[:4]) for frame in sample] for sample in data] == [
-        [(f.title, f.pieces, f.kinds, f.heat) for f in frames] for frames in samples
-    ]
-    assert "A &lt;b&gt; title" in page and "settings &amp; more" in page
-    assert not re.search(r"https?://|src=|@import|url\(", page)
-    assert page.count("</script>") == 2

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.metric_names import MetricNames, flatten, metric_name
+from pipelines.metric_names import MetricNames, flatten, metric_name, params
 
 
 @pytest.mark.parametrize("name", ["loss", "reward/p natural", "a-b.c_d/e"])
@@ -36,6 +36,11 @@ def test_two_names_that_become_one_are_refused():
         names("//")
 
 
+def test_a_param_is_named_as_every_server_takes_it():
+    assert params({"grpo": {"rewards": {"my_module:score": 1.0}}}) == {"grpo.rewards.my_module_score": "1.0"}
+
+
 def test_config_is_flattened_and_long_values_are_cut():
-    flat = flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "x" * 9000})
-    assert flat == {"a.b": "1", "a.c.d": "[1, 2]", "e": "x" * 497 + "..."}
+    config = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": "x" * 9000}
+    assert flatten(config) == {"a.b": 1, "a.c.d": [1, 2], "e": "x" * 9000} == flatten(flatten(config))
+    assert params(config) == {"a.b": "1", "a.c.d": "[1, 2]", "e": "x" * 497 + "..."}

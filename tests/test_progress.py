@@ -4,11 +4,15 @@ import re
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from grpo.config import Config, TrackingSection
+from pipelines import pretrain_loop, rounds
 from pipelines.progress import Display, Message, ProgressBoard, follow, stop_on_signals, summary_table
+from pipelines.ranks import Ranks
 
 
 def plain():
@@ -141,3 +145,17 @@ def test_board_works_as_a_zero_cpu_actor(ray_session):
         assert ray.get(board.report.remote("round", 1, 1, {"reward": 0.5}), timeout=30) is True
     assert lines(console) == ["round 1/1  reward 0.5"]
     ray.kill(board)
+
+
+@pytest.mark.parametrize("loop", [pretrain_loop, rounds])
+def test_what_ails_the_store_of_rank_0_is_noted_on_the_board(loop, tmp_path, monkeypatch):
+    notes, blocked = [], tmp_path / "store"
+    blocked.write_text("a file where the folder of the database belongs")
+    board = SimpleNamespace(note=SimpleNamespace(remote=notes.append), failure=SimpleNamespace(remote=lambda: ""))
+    job = SimpleNamespace(config=Config(), folder=tmp_path / "run", board=board, mlflow_run=None,
+                          tracking=TrackingSection(uri=f"sqlite:///{blocked}/mlflow.db"))
+    monkeypatch.setattr(loop, "worker_ranks", lambda threads: Ranks())
+    monkeypatch.setattr(rounds, "fetch", lambda reference, *_: reference)
+    monkeypatch.setattr(loop, "train", lambda job, ranks, *_: {})
+    loop.worker_loop({"job": job})
+    assert notes and str(blocked) in notes[0]

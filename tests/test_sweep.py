@@ -1,11 +1,13 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -26,8 +28,11 @@ from grpo.config import (
     SweepSection,
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
+from grpo.files import write_json
 from pipelines.measurements import FIGURES
+from pipelines.progress import Display
 from pipelines.sweep import (
+    _news,
     _own_bases,
     _searcher,
     best_trial,
@@ -37,7 +42,7 @@ from pipelines.sweep import (
     num_trials,
     read_trials,
 )
-from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, settling, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, means_of, new_record, settling, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
@@ -136,6 +141,46 @@ def test_a_failed_trial_is_reported_with_its_reason(swept):
     assert [row[-1].partition(":")[0] for row in rows] == ["finished", "finished", "failed", "failed"]
 
 
+@pytest.fixture
+def shared(config, tmp_path):
+    """What trials share that never come to their data."""
+    return Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=None, trunk=None, entropy=0.0,
+                  tracking=config.tracking, mlflow_run=None, board=None, device="cpu", neighbors=1)
+
+
+def test_values_that_only_together_are_refused_fail_one_trial(shared):
+    for error in (ValueError, RuntimeError):  # Tune tries again, and reads the reason off the record
+        trial = Trial(shared, {"critic.start": 9, "critic.end": 7})
+        with pytest.raises(error, match="critic.start must be between 0 and critic.end"):
+            trial.step()
+        trial.close()
+    (record,) = read_trials(shared.folder)
+    assert record["status"] == "failed" and "critic.start must be" in record["reason"]
+
+
+def test_a_trial_that_died_before_its_first_word_is_on_record(shared):
+    ended = SimpleNamespace(config={"critic.start": 9, "critic.end": 7})
+    _news(shared, Display(), 1).on_trial_error(0, [ended], ended)
+    (record,) = read_trials(shared.folder)
+    assert (record["status"], record["values"]) == ("failed", ended.config) and "died" in record["reason"]
+
+
+@pytest.mark.parametrize("status", ["finished", "running", "failed"])
+def test_a_trial_that_is_over_for_good_keeps_its_models_alone(shared, status):
+    values = {"critic.alpha": 0.5}
+    folder = trial_folder(shared.folder, values)
+    for made in ("base/best", "base/checkpoints", "final", "checkpoints"):
+        (folder / made).mkdir(parents=True)
+    known = {"status": status, "reason": "", "reports": [{shared.config.sweep.objective: 1.0}]}
+    write_json(folder / "trial.json", new_record(folder, values) | known)
+    ended = SimpleNamespace(config=values, last_result={"training_iteration": 1})
+    _news(shared, Display(), 1).on_trial_complete(0, [ended], ended)
+    (record,) = read_trials(shared.folder)
+    assert record["status"] == ("stopped" if status == "running" else status)  # by ASHA
+    kept = {path.name for path in folder.glob("**/*") if path.is_dir()}
+    assert kept == {"base", "best", "final"} | ({"checkpoints"} if status == "failed" else set())
+
+
 @pytest.mark.ray
 def test_the_best_config_makes_the_same_generator_in_grpo(swept, config, tmp_path):
     _, summary, folder = swept
@@ -166,6 +211,18 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
     first, last = (load_checkpoint(path).tensors for path in (base / "best", final))
     trunk = [name for name in first if name.startswith("trunk.")]
     assert trunk and all(last[name].equal(first[name]) for name in trunk)
+    write_json(
+        folder.parent / "shared" / "trials" / trial["trial"] / "trial.json",
+        {**trial, "status": "stopped", "reason": "by ASHA", "reports": trial["reports"][:1]},
+    )
+    shutil.rmtree(final)
+    main(shared, None)  # in which ASHA lets it go on
+    (again,) = read_trials(folder.parent / "shared")
+    assert again["status"] == "finished" and "reason" not in again and len(again["reports"]) == 2
+    assert all(tensor.equal(last[name]) for name, tensor in load_checkpoint(final).tensors.items())
+    another = replace(shared, run=replace(config.run, name="another"))
+    with pytest.raises(ValueError, match=f"^grpo.residual must be 8, as in grpo.base {final}, got 16$"):
+        main(replace(another, grpo=replace(shared.grpo, base=str(final), residual=16)), None)
 
 
 @pytest.mark.parametrize("entropy, objective, compared", [
@@ -178,10 +235,12 @@ def test_a_trial_below_natural_entropy_is_not_compared_by_its_text(monkeypatch, 
     row = dict.fromkeys(FIGURES, 1.0) | {"entropy": entropy, "entropy_error": entropy - 2.0}
     monkeypatch.setattr("pipelines.trial.measure", lambda *_, **__: row)
     monkeypatch.setattr("pipelines.trial.Tracker", MagicMock())
+    monkeypatch.setattr("pipelines.trial.check_base", MagicMock())
     sweep = SweepSection(space={"grpo.kl": {"grid": [0.1]}}, objective=objective)
     config = Config(run=RunSection(threads=1), sweep=sweep)
     shared = Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=tmp_path, trunk=None,
-                    entropy=2.0, tracking=config.tracking, mlflow_run=None, device="cpu", neighbors=1)
+                    entropy=2.0, tracking=config.tracking, mlflow_run=None, board=MagicMock(), device="cpu",
+                    neighbors=1)
     trial = Trial(shared, {"grpo.kl": 0.1})
     try:
         if compared:
@@ -229,6 +288,11 @@ def test_trials_that_the_cluster_cannot_hold_are_said_and_not_waited_for(config,
         main(swept, None)
 
 
+def test_means_are_over_the_rounds_that_have_a_figure():
+    rows = [{"step": 3, "kl": 1.0}, {"step": 4, "kl": 3.0, "importance": 0.5}]
+    assert means_of(rows) == {"kl": 2.0, "importance": 0.5} == means_of(rows[::-1])
+
+
 def test_grids_are_crossed_and_times_what_is_drawn():
     grids = {"grpo.kl": {"grid": [0.1, 0.2]}, "grpo.prompts": {"grid": [8, 16, 32]}}
     assert num_trials(SweepSection(space=grids, trials=5)) == 6
@@ -249,6 +313,9 @@ def test_only_keys_of_pretraining_cost_a_base_each(config):
         ({"critic.alpha": {"uniform": [-1, 1]}}, ["critic.alpha", "0 or more", "-1"]),
         ({"data.block_size": {"choice": [32]}}, ["data.block_size", "what all trials share"]),
         ({"run.name": {"choice": ["a"]}}, ["run.name", "what all trials share"]),
+        ({"grpo.base": {"choice": ["a", "b"]}}, ["sweep.space.grpo.base", "what all trials share"]),
+        ({"grpo.num_workers": {"choice": [1, 2]}}, ["sweep.space.grpo.num_workers", "what all trials share"]),
+        ({"grpo.rollout_actors": {"grid": [1, 2]}}, ["sweep.space.grpo.rollout_actors", "what all trials share"]),
         ({"grpo.group_size": {"uniform": [2.5, 8]}}, ["grpo.group_size", "2.5"]),
     ],
 )
@@ -256,6 +323,17 @@ def test_a_space_that_no_trial_can_take_is_one_line(config, space, words):
     with pytest.raises(ValueError) as error:
         check_space(replace(config, sweep=SweepSection(space=space)))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+def test_no_key_of_pretraining_is_swept_over_a_given_base(config):
+    based = replace(config, grpo=replace(config.grpo, base="runs/base"))
+    for key, refused in (("pretrain.learning_rate", True), ("model.dropout", True), ("critic.alpha", False)):
+        swept = replace(based, sweep=SweepSection(space={key: {"uniform": [0.1, 0.2]}}))
+        if not refused:
+            check_space(swept)
+            continue
+        with pytest.raises(ValueError, match=f"sweep.space.{key} must be left out where grpo.base is given"):
+            check_space(swept)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_run_holds_everything_that_was_logged(tmp_path, client):
         tracker.artifact(tmp_path / "model", "model")
         tracker.table("samples", [["a \u2588", 1.5]], ["text", "reward"])
         tracker.figure("rewards", figure)
-        tracker.dataset("docs", "ab" * 32, "/data/docs", {"tokens": 5})
+        tracker.dataset(tmp_path / ("docs-" + "ab" * 32), "/data/docs", {"tokens": 5})
         run_id = tracker.run_id
     run = client().get_run(run_id)
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
@@ -91,7 +91,8 @@ def test_a_run_holds_everything_that_was_logged(tmp_path, client):
     assert "tables/samples.json" in run.data.tags["mlflow.loggedArtifacts"]
     names = {f.path for folder in ("", "model", "tables", "figures") for f in client().list_artifacts(run_id, folder)}
     assert {"config.yaml", "model/weights", "tables/samples.json", "figures/rewards.png"} <= names
-    assert run.inputs.dataset_inputs[0].dataset.digest == ("ab" * 32)[:36]
+    noted = run.inputs.dataset_inputs[0].dataset
+    assert (noted.name, noted.digest) == ("docs-" + "ab" * 32, ("docs-" + "ab" * 32)[:36])
     assert (tmp_path / "run" / "figures" / "rewards.png").exists()
     assert not list((tmp_path / "run").glob("unsent*"))
 
