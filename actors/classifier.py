@@ -26,7 +26,7 @@ from grpo.completion import load_remasking_model
 from grpo.config import Config
 from grpo.config_file import from_dict
 from grpo.corruption import mask_only, stratified_rows
-from grpo.critic import fill_masks
+from grpo.critic import fill
 from grpo.data import Batch, completion_mask
 from grpo.denoise import denoise
 from grpo.mask_bias import saved_bias
@@ -54,8 +54,7 @@ class Teacher:
         """[B, T] text with ceil(t x n) tokens of each row filled by samples; [B, T] bool where they differ."""
         vocabulary = self.model.vocabulary
         blank = mask_only(tokens, vocabulary=vocabulary, attention_mask=attention_mask, seeds=seeds, times=times)
-        logits = self.model(blank.inputs, attention_mask=attention_mask)
-        filled = fill_masks(blank.inputs, logits, vocabulary=vocabulary, seeds=seeds)
+        filled = fill(self.model, blank.inputs, attention_mask, seeds)
         return filled, filled != tokens
 
     def continue_(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from actors.phase import Phase, accumulating, objective
 from grpo.config import Config
 from grpo.corruption import mask_only, stratified_rows
-from grpo.critic import fill_masks
+from grpo.critic import fill
 from grpo.data import Batch
 from grpo.diffusion_loss import nelbo, next_token_counted, ratio_with_error
 from grpo.mask_bias import MaskBias
@@ -272,8 +272,7 @@ def critic_quality(model: GPT, rows: Batch) -> dict[str, float]:
         seeds, times = stratified_rows(VALIDATION_SEED, CRITIC_STREAM, 0, index, len(rows.tokens))
         mask, vocabulary = part.attention_mask, model.vocabulary
         blank = mask_only(part.tokens, vocabulary=vocabulary, attention_mask=mask, seeds=seeds, times=times)
-        logits = model(blank.inputs, attention_mask=mask)
-        filled = fill_masks(blank.inputs, logits, vocabulary=vocabulary, seeds=seeds)
+        filled = fill(model, blank.inputs, mask, seeds)
         scores.append(model.critic_scores(filled, mask)[blank.masked])
         wrong.append((filled != part.tokens)[blank.masked])
     logits, truth = torch.cat(scores), torch.cat(wrong)

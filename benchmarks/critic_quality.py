@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from grpo.corruption import mask_only, stratified_rows
-from grpo.critic import fill_masks
+from grpo.critic import fill
 from grpo.data import Batch
 from grpo.metrics import auroc, expected_calibration_error
 from grpo.model import GPT
@@ -58,11 +58,9 @@ def own_fills(model: GPT, rows: Batch, wavefront: bool) -> tuple[Tensor, Tensor]
     seeds, times = stratified_rows(SEED, 0, 0, torch.arange(len(rows.tokens)), len(rows.tokens))
     blank = mask_only(rows.tokens, vocabulary=model.vocabulary, attention_mask=rows.attention_mask, seeds=seeds,
                       times=times)
-    hidden = model.encode(blank.inputs)
     if wavefront:
-        return wavefront_fill(model, hidden, blank.inputs, seeds=seeds, step=0).tokens, blank.masked
-    logits = model.heads["lm"](hidden)
-    return fill_masks(blank.inputs, logits, vocabulary=model.vocabulary, seeds=seeds), blank.masked
+        return wavefront_fill(model, model.encode(blank.inputs), blank.inputs, seeds=seeds, step=0).tokens, blank.masked
+    return fill(model, blank.inputs, None, seeds), blank.masked
 
 
 def judged(scores: Tensor, wrong: Tensor) -> dict[str, float]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from grpo.corruption import Corrupted
 from grpo.metrics import weighted_sum
-from grpo.model import text_logits
+from grpo.model import GPT, text_logits
 from grpo.noise import FILL, uniforms
 from grpo.tokenizer import Vocabulary
-from grpo.wavefront import sample_tokens
+from grpo.wavefront import propose, sample_tokens
 
 
 @torch.no_grad()
@@ -39,6 +39,23 @@ def fill_masks(inputs: Tensor, logits: Tensor, *, vocabulary: Vocabulary, seeds:
     row, column = masked.nonzero(as_tuple=True)
     drawn = sample_tokens(text_logits(logits, vocabulary)[row, column], uniforms(seeds[row], FILL, column))
     return inputs.masked_scatter(masked, drawn.tokens)
+
+
+@torch.no_grad()
+def fill(model: GPT, inputs: Tensor, attention_mask: Tensor | None, seeds: Tensor) -> Tensor:
+    """The same by the generator itself, whose logits exist for a slice of the [MASK]s at a time. One trunk forward.
+
+    Args:
+        inputs: [B, T] int64; attention_mask: [B, T] bool, None without pads; seeds: [B] int64.
+
+    Returns:
+        [B, T] int64 without [MASK]s.
+    """
+    masked = inputs == model.vocabulary.mask_id
+    row, column = masked.nonzero(as_tuple=True)
+    hidden = model.encode(inputs, attention_mask, at=row * inputs.shape[1] + column)
+    noise = uniforms(seeds[row], FILL, column)
+    return inputs.masked_scatter(masked, propose(model, hidden, noise, temperature=1, top_p=1, record=False).tokens)
 
 
 def critic_targets(filled: Tensor, clean: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grpo.config import CorruptionSection, CriticSection, LossSection, ModelSection, SamplerSection
 from grpo.corruption import Corrupted, corrupt, mask_only, ramp
-from grpo.critic import critic_counted, critic_loss, fill_masks
+from grpo.critic import critic_counted, critic_loss, fill, fill_masks
 from grpo.diffusion_loss import (
     corrective_denominator,
     corrective_loss,
@@ -104,10 +104,8 @@ def corrupt_batch(
     corrupted, share = corrupt(clean, **rows, **rates), objective.corruption.own_predictions
     if not share or not stage.remask_ratio:
         return corrupted
-    with torch.no_grad():  # the model fills what is to be replaced, as it will when it samples
-        blank = corrupted.inputs.masked_fill(corrupted.replaced, model.vocabulary.mask_id)
-        logits = model(blank, attention_mask=attention_mask if objective.padded else None)
-        own = fill_masks(blank, logits, vocabulary=model.vocabulary, seeds=seeds)
+    blank = corrupted.inputs.masked_fill(corrupted.replaced, model.vocabulary.mask_id)
+    own = fill(model, blank, attention_mask if objective.padded else None, seeds)  # as it will when it samples
     return corrupt(clean, **rows, **rates, own_predictions=own, own_share=share)
 
 

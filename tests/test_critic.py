@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from grpo import wavefront
 from grpo.corruption import Corrupted, corrupt, stratified_rows
-from grpo.critic import critic_counted, critic_loss, critic_targets, fill_masks
+from grpo.critic import critic_counted, critic_loss, critic_targets, fill, fill_masks
 from grpo.metrics import means
 from grpo.noise import row_seeds
 from grpo.tokenizer import Vocabulary
+from tests.small_gpt import make, tokens
 
 torch.set_num_threads(1)
 VOCABULARY = Vocabulary(6)
@@ -44,6 +46,22 @@ def test_fills_leave_visible_tokens_and_do_not_depend_on_batch_mates():
     assert (filled[corrupted.masked] < 6).all()
     alone = fill_masks(corrupted.inputs[3:4], logits[3:4], vocabulary=VOCABULARY, seeds=seeds[3:4])
     assert torch.equal(alone, filled[3:4])
+
+
+def test_a_model_s_own_fills_are_those_of_its_logits_and_depend_on_no_slice(monkeypatch):
+    model, clean = make().double().eval(), tokens()
+    inputs = clean.masked_fill(torch.rand(clean.shape) < 0.5, model.vocabulary.mask_id)
+    mask = torch.arange(clean.shape[1]) < torch.tensor([[9], [7], [4]])
+    seeds = row_seeds(0, 0, 0, torch.arange(3))
+    for visible in (None, mask):
+        inputs = inputs if visible is None else inputs.masked_fill(~visible, model.vocabulary.pad_id)
+        logits = model(inputs, attention_mask=visible)
+        expected = fill_masks(inputs, logits, vocabulary=model.vocabulary, seeds=seeds)
+        for at_once in (1 << 20, 1):
+            monkeypatch.setitem(wavefront._LOGITS_AT_ONCE, "cpu", at_once)
+            assert torch.equal(fill(model, inputs, visible, seeds), expected)
+    whole = fill(model, torch.where(mask, clean, 0), None, seeds)  # nothing is masked
+    assert torch.equal(whole, torch.where(mask, clean, 0))
 
 
 def test_a_certain_word_is_always_drawn_and_an_impossible_one_never():
