@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Student's t for a two-sided 95 % interval, by the number of values."""
+from scipy import stats
 
 
 def spread(values: list[float]) -> float | None:
@@ -15,7 +14,7 @@ def spread(values: list[float]) -> float | None:
         return None
     if not all(map(math.isfinite, values)):
         return math.nan
-    return T_95.get(len(values), 2.0) * statistics.stdev(values) / len(values) ** 0.5
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def summarise(runs: list[dict[str, float]]) -> dict[str, float | None]:
