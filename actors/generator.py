@@ -10,9 +10,10 @@ import torch
 
 from actors.threads import worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
-from grpo.checkpoint import load_model
-from grpo.config import DenoiseSection
-from grpo.lora import HEADS, Trainable
+from grpo.actions import credited_tokens, credits_positions
+from grpo.completion import load_remasking_model
+from grpo.config import Config
+from grpo.lora import Trainable
 from grpo.noise import row_seeds
 from grpo.trajectory import Rollout, roll_out
 
@@ -24,6 +25,7 @@ class Generator(Tenant):
     """Rolls out groups with the policy's newest heads. A plain class; the pipeline makes it a Ray actor.
 
     Args:
+        remasking: the policy that `denoise.remasking` comes to.
         neighbors: processes that compute beside this one, this one included; they share the cores.
     """
 
@@ -33,43 +35,34 @@ class Generator(Tenant):
         trunk: Arrays | bytes,
         heads: Arrays | bytes,
         *,
-        settings: DenoiseSection,
+        config: Config,
         remasking: str,
-        policy_tokens: str,
-        positions: bool,
-        prompt_tokens: int,
-        group_size: int,
-        min_neighbors_ratio: float,
-        seed: int,
-        lm_residual: int,
-        threads: int,
         neighbors: int = 1,
         device: str = "cpu",
-        remasking_model: str = "",
-        trainable: Trainable = HEADS,
     ) -> None:
-        torch.set_num_threads(worker_threads(threads, neighbors))
+        torch.set_num_threads(worker_threads(config.run.threads, neighbors))
+        grpo, denoise = config.grpo, config.denoise
         self.model = mount(
             blueprint,
             "generator",
             fetch(trunk),
             fetch(heads),
-            lm_residual=lm_residual,
+            lm_residual=grpo.residual,
             device=device,
-            trainable=trainable,
+            trainable=Trainable.of(grpo),
         )
         self.version = -1
-        self.seed, self.group_size, self.device = seed, group_size, device
+        self.seed, self.group_size, self.device = config.run.seed, grpo.group_size, device
         self.settings = {
-            "settings": settings,
+            "settings": denoise,
             "remasking": remasking,
-            "policy_tokens": policy_tokens,
-            "positions": positions,
-            "prompt_tokens": prompt_tokens,
-            "group_size": group_size,
-            "min_neighbors_ratio": min_neighbors_ratio,
-            "replay": trainable.kind != "heads",
-            "remasking_model": load_model(remasking_model, device=device).eval() if remasking_model else None,
+            "policy_tokens": credited_tokens(grpo.policy_tokens, remasking, denoise.sampler),
+            "positions": credits_positions(grpo.policy_positions, remasking, denoise.randomness),
+            "prompt_tokens": grpo.prompt_tokens,
+            "group_size": grpo.group_size,
+            "min_neighbors_ratio": config.sampler.min_neighbors_ratio,
+            "replay": grpo.trainable != "heads",
+            "remasking_model": load_remasking_model(denoise, device=device) if remasking == "model" else None,
         }
 
     def roll_out(

@@ -19,11 +19,8 @@ from actors.learner import Learner
 from actors.pretrainer import Pretrainer
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, to_arrays
-from grpo.actions import credited_tokens, credits_positions
-from grpo.completion import complete
-from grpo.config import Config, DenoiseSection
-from grpo.data import Batch, Cursor, Dataset
-from grpo.lora import Trainable
+from grpo.config import Config
+from grpo.data import Cursor, Dataset
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
 
@@ -66,17 +63,8 @@ class Adversary:
             blueprint,
             trunk,
             heads,
-            settings=config.denoise,
+            config=replace(config, run=replace(config.run, threads=threads)),
             remasking=remasking,
-            policy_tokens=credited_tokens(grpo.policy_tokens, remasking, config.denoise.sampler),
-            positions=credits_positions(grpo.policy_positions, remasking, config.denoise.randomness),
-            prompt_tokens=grpo.prompt_tokens,
-            group_size=grpo.group_size,
-            min_neighbors_ratio=config.sampler.min_neighbors_ratio,
-            seed=config.run.seed,
-            lm_residual=grpo.residual,
-            threads=threads,
-            trainable=Trainable.of(grpo),
             device=device,
         )
         self.reward = Reward(
@@ -128,30 +116,3 @@ class Adversary:
                 ),
             )
         return self.learner.result
-
-
-def generate(
-    model: GPT,
-    prompts: Batch,
-    settings: DenoiseSection,
-    *,
-    prompt_tokens: int,
-    seed: int,
-    temperature: float | None = None,
-    steps: int | None = None,
-    mask_bias: float = 0.0,
-    min_neighbors_ratio: float = 0.01,
-    remasking_model: GPT | None = None,
-) -> torch.Tensor:
-    """Continue natural rows [B, T] from their first `prompt_tokens`; returns [B, T] on the CPU."""
-    settings = replace(settings, temperature=temperature or settings.temperature, steps=steps or settings.steps)
-    return complete(
-        model,
-        prompts,
-        settings,
-        prompt_tokens=prompt_tokens,
-        seed=seed,
-        mask_bias=mask_bias,
-        min_neighbors_ratio=min_neighbors_ratio,
-        remasking_model=remasking_model,
-    )

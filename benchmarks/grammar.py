@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.adversarial import Adversary, generate
+from benchmarks.adversarial import Adversary
 from benchmarks.models import configure, dataset_of, generator, load_generator, parse, print_table, summarise
+from grpo.completion import complete
 from grpo.config import Config
 from grpo.data import Batch, Dataset, windows
 from grpo.model import GPT
@@ -126,7 +127,7 @@ def write(config: Config, model: GPT, rows: Batch, steps: int) -> Batch:
     ratio = config.sampler.min_neighbors_ratio
     start = config.grpo.prompt_tokens
     denoise = replace(config.denoise, steps=steps)
-    tokens = generate(model, rows, denoise, prompt_tokens=start, seed=config.run.seed, min_neighbors_ratio=ratio)
+    tokens = complete(model, rows, denoise, prompt_tokens=start, seed=config.run.seed, min_neighbors_ratio=ratio)
     return Batch(tokens, rows.attention_mask)
 
 

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from actors.classifier import Teacher, TokenClassifier
 from actors.judge import Judge, judge_config
-from benchmarks.adversarial import Adversary, fit, generate, train_base
+from benchmarks.adversarial import Adversary, fit, train_base
 from benchmarks.tables import print_table as print_table
 from benchmarks.tables import spread as spread
 from benchmarks.tables import summarise as summarise
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
+from grpo.completion import complete
 from grpo.config import Config
 from grpo.config_file import config_hash, load_config, to_dict
 from grpo.corruption import mask_only
@@ -258,10 +259,10 @@ class Texts:
               randomness: float = 0.0, seed: int = 7, **settings: object) -> Tensor:
         """[B, T] prompts and their completions by this re-masking policy."""
         denoise = replace(self.config.denoise, remasking="auto" if policy == "model" else policy, sampler=sampler,
-                          randomness=randomness)
+                          randomness=randomness, temperature=temperature, steps=steps)
         settings = {"prompt_tokens": self.start, "min_neighbors_ratio": self.config.sampler.min_neighbors_ratio,
                     **settings}
-        return generate(model, self.natural, denoise, seed=seed, steps=steps, temperature=temperature, **settings)
+        return complete(model, self.natural, denoise, seed=seed, **settings)
 
     def measure(self, tokens: Tensor) -> dict[str, float]:
         """Figures of completions in [B, T]."""

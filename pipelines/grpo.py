@@ -35,14 +35,13 @@ import torch
 from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
-from grpo.actions import credited_tokens, credits_positions
+from grpo.actions import credits_positions
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model
 from grpo.completion import load_remasking_model
 from grpo.config import Config, GrpoSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
 from grpo.files import write_json
-from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.remasking import resolve_policy
 from grpo.reward_functions import resolve_rewards
@@ -170,7 +169,7 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
 
     classifier = load_remasking_model(config.denoise)
     if config.denoise.remasking != "auto":
-        _credits(config, config.denoise.remasking)
+        credits_positions(config.grpo.policy_positions, config.denoise.remasking, config.denoise.randomness)
     start_ray()
     nodes = node_resources()
     check_fits(config.cluster, config.grpo, nodes)
@@ -182,7 +181,8 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
     base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
     shape = check_base(base, config, dataset)
-    _credits(config, resolve_policy(config.denoise.remasking, shape, classifier))
+    remasking = resolve_policy(config.denoise.remasking, shape, classifier)
+    credits_positions(config.grpo.policy_positions, remasking, config.denoise.randomness)
     display.note("waiting for the judge")
     return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
 
@@ -203,19 +203,6 @@ def check_base(base: Path, config: Config, dataset: Path) -> GPT:
     if model.residual not in (0, config.grpo.residual):
         raise ValueError(f"grpo.residual must be {model.residual}, as in grpo.base {base}, got {config.grpo.residual}")
     return model
-
-
-def _credits(config: Config, remasking: str) -> tuple[str, bool]:
-    """Which proposals are credited, and whether re-mask choices are.
-
-    Raises:
-        ValueError: what `grpo` asks for cannot be had under this policy.
-    """
-    grpo, denoise = config.grpo, config.denoise
-    return (
-        credited_tokens(grpo.policy_tokens, remasking, denoise.sampler),
-        credits_positions(grpo.policy_positions, remasking, denoise.randomness),
-    )
 
 
 def _train_and_measure(
@@ -277,30 +264,15 @@ def start_actors(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
     )
     remasking = resolve_policy(config.denoise.remasking, base, load_remasking_model(config.denoise))
-    classifier = config.denoise.remasking_model if remasking == "model" else ""
-    if classifier:
-        classifier = str(find_checkpoint(classifier, "denoise.remasking_model"))
-    policy_tokens, positions = _credits(config, remasking)
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
     trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    common = {"threads": config.run.threads, "neighbors": grpo.rollout_actors * neighbors, "device": device}
-    rolling = {
-        "settings": config.denoise,
-        "remasking": remasking,
-        "policy_tokens": policy_tokens,
-        "positions": positions,
-        "prompt_tokens": grpo.prompt_tokens,
-        "group_size": grpo.group_size,
-        "min_neighbors_ratio": config.sampler.min_neighbors_ratio,
-        "seed": config.run.seed,
-        "lm_residual": grpo.residual,
-        "remasking_model": classifier,
-        "trainable": Trainable.of(grpo),
-    }
-    scored = {"functions": tuple(grpo.rewards), "tokenizer": open_dataset(paths.dataset).tokenizer}
+    common = {"neighbors": grpo.rollout_actors * neighbors, "device": device}
+    rolling = {"config": config, "remasking": remasking}
+    tokenizer = open_dataset(paths.dataset).tokenizer
+    scored = {"threads": config.run.threads, "functions": tuple(grpo.rewards), "tokenizer": tokenizer}
     started: list[Any] = []
     share = config.cluster.share_gpu_trunk and device == "cuda" and grpo.trainable == "heads"
 

@@ -18,10 +18,10 @@ from grpo.config import (
     GrpoSection,
     ModelSection,
     RewardSection,
+    RunSection,
     SamplerSection,
 )
 from grpo.data import Batch
-from grpo.lora import Trainable
 from grpo.model import GPT
 from grpo.tokenizer import Vocabulary
 
@@ -29,6 +29,7 @@ torch.set_num_threads(1)
 T, P, N, G = 16, 4, 4, 4
 VOCABULARY = Vocabulary(12)
 CONFIG = Config(
+    run=RunSection(threads=1),
     data=DataSection(block_size=T, layout="documents"),
     model=ModelSection(n_layer=1, n_head=2, n_embd=16),
     corruption=CorruptionSection(own_predictions=0.5),
@@ -78,20 +79,7 @@ class World:
             blueprint, config, self.trunk, heads,
             remasking=policy, rank=rank, world=world, device=device, **distribution,
         )
-        shared = dict(
-            settings=config.denoise,
-            remasking=policy,
-            prompt_tokens=P,
-            group_size=G,
-            min_neighbors_ratio=0.1,
-            policy_tokens="kept" if policy == "random" else "all",
-            positions=config.grpo.policy_positions,
-            seed=0,
-            lm_residual=config.grpo.residual,
-            threads=1,
-            device=device,
-            trainable=Trainable.of(config.grpo),
-        )
+        shared = dict(config=config, remasking=policy, device=device)
         self.actors = [
             (
                 Generator(blueprint, self.trunk, heads, **shared),

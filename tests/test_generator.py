@@ -5,7 +5,16 @@ import torch
 
 from actors.generator import Generator
 from actors.trunk_store import Blueprint, to_arrays
-from grpo.config import DenoiseSection, ModelSection, RewardSection
+from grpo.config import (
+    Config,
+    DataSection,
+    DenoiseSection,
+    GrpoSection,
+    ModelSection,
+    RewardSection,
+    RunSection,
+    SamplerSection,
+)
 from grpo.model import GPT
 from grpo.tokenizer import Vocabulary
 from grpo.trajectory import credited, trajectory_logprobs
@@ -14,21 +23,16 @@ torch.set_num_threads(1)
 T, P, G = 12, 4, 3
 PROMPTS = torch.randint(0, 12, (4, T), generator=torch.Generator().manual_seed(2))
 REAL = torch.ones_like(PROMPTS, dtype=torch.bool)
-SETTINGS = dict(
-    prompt_tokens=P,
-    group_size=G,
-    min_neighbors_ratio=0.1,
-    seed=3,
-    lm_residual=4,
-    threads=1,
-    policy_tokens="all",
-    positions=False,
-    remasking="random",
-    settings=DenoiseSection(steps=3),
+CONFIG = Config(
+    run=RunSection(seed=3, threads=1),
+    data=DataSection(block_size=T),
+    sampler=SamplerSection(min_neighbors_ratio=0.1),
+    denoise=DenoiseSection(steps=3),
+    grpo=GrpoSection(prompt_tokens=P, group_size=G, residual=4, policy_tokens="all"),
 )
 
 
-def make(causal=False, **changes):
+def make(causal=False, remasking="random", **sections):
     torch.manual_seed(0)
     kind = dict(attention="causal", critic=False, sampler=False) if causal else {}
     section = ModelSection(n_layer=1, n_head=2, n_embd=16, **kind)
@@ -40,7 +44,7 @@ def make(causal=False, **changes):
     model.untie(4)
     heads = to_arrays(model.heads.state_dict())
     blueprint = Blueprint(model=section, vocabulary=Vocabulary(12), block_size=T, reward=RewardSection())
-    return Generator(blueprint, trunk, heads, **SETTINGS | changes), heads
+    return Generator(blueprint, trunk, heads, config=replace(CONFIG, **sections), remasking=remasking), heads
 
 
 def roll(generator, heads, prompts=slice(None), *, round=0, version=0):
@@ -52,7 +56,7 @@ def roll(generator, heads, prompts=slice(None), *, round=0, version=0):
     [
         {},
         dict(causal=True),
-        dict(remasking="self", positions=True, settings=DenoiseSection(steps=3, randomness=0.5, sampler=True)),
+        dict(remasking="self", denoise=DenoiseSection(steps=3, randomness=0.5, sampler=True)),
     ],
 )
 def test_how_many_actors_share_the_prompts_changes_nothing(kind):
@@ -74,7 +78,7 @@ def test_rounds_samples_and_seeds_draw_their_own_noise_and_repeat():
     first = roll(generator, heads).tokens
     assert torch.equal(roll(generator, heads).tokens, first)
     assert not torch.equal(roll(generator, heads, round=1).tokens, first)
-    assert not torch.equal(roll(make(seed=4)[0], heads).tokens, first)
+    assert not torch.equal(roll(make(run=RunSection(seed=4, threads=1))[0], heads).tokens, first)
     assert len(first.unique(dim=0)) == 4 * G
 
 
@@ -92,9 +96,9 @@ def test_a_restarted_actor_acts_with_the_heads_of_the_call():
 
 def test_the_rollouts_logprobs_are_those_of_the_heads_that_came_along():
     settings = DenoiseSection(steps=3, temperature=0.8, top_p=0.9)
-    generator, heads = make(settings=settings)
+    generator, heads = make(denoise=settings)
     rollout = roll(generator, {name: array * 1.2 for name, array in heads.items()}, version=1)
-    other, _ = make(settings=settings)
+    other, _ = make(denoise=settings)
     with torch.no_grad():
         stale = trajectory_logprobs(other.model, rollout)
         fresh = trajectory_logprobs(generator.model, rollout)
