@@ -27,7 +27,7 @@ from grpo.config import (
     RunSection,
     SamplerSection,
 )
-from grpo.config_file import save_config, to_dict
+from grpo.config_file import load_config, save_config, to_dict
 from grpo.data import make_dataset
 from grpo.run_checkpoints import newest_step
 from pipelines.prepare import prepare
@@ -199,6 +199,11 @@ def test_the_cache_key_covers_what_decides_the_weights_and_nothing_else(dataset)
                   replace(CONFIG, critic=CriticSection(alpha=0.1))):
         assert what_decides(other, dataset) != key
     assert what_decides(CONFIG, dataset.with_name("data-other")) != key
+
+
+def test_the_configs_that_share_a_base_do(dataset):
+    tiny, rewarded = (load_config(ROOT / "configs" / f"{name}.yaml") for name in ("tiny", "user-reward"))
+    assert what_decides(tiny, dataset) == what_decides(rewarded, dataset) and tiny.data == rewarded.data
 
 
 # ---- with Ray -------------------------------------------------------------------------------------------------------
