@@ -1,8 +1,13 @@
 import os
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 
 from pipelines.launch import QUIET
+
+ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(QUIET | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"})
 
@@ -15,3 +20,20 @@ def ray_session():
              object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Start a pipeline's script in this process, in the test's folder, on a user's mistake; returns what it says."""
+
+    def start(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "pipelines" / f"{name}.py"), run_name="__main__")
+        out, told = capsys.readouterr()
+        assert (ended.value.code, out) == (2, "") and told.startswith("error: ") and told.count("\n") == 1, told
+        return told
+
+    return start

@@ -126,25 +126,22 @@ def test_an_installed_project_runs_from_any_folder_with_its_own_configs(installe
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_folder_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, tmp_path):
+def test_a_folder_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, refused, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
     options = ["--checkpoint", str(checkpoint)] if name in LOOKING else []
     bad = (["run.output=file"], ["run.output=file/deeper"], ["run.output=link"], ["run.output=.", "run.name=file"])
     for settings in bad if name == "sample" else bad[:1]:
-        done = start([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *options, *settings], tmp_path)
-        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith(f"error: run.output: cannot write to {tmp_path}")
+        assert refused(name, *options, *settings).startswith(f"error: run.output: cannot write to {tmp_path}")
     assert sorted(os.listdir(tmp_path)) == ["file", "link"]
 
 
 @pytest.mark.parametrize("name", sorted(set(PIPELINES) - {"sample"}))
-def test_a_cache_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, tmp_path):
+def test_a_cache_that_takes_no_file_is_said_before_anything_starts(name, checkpoint, refused, tmp_path):
     (tmp_path / "file").write_text("")
     options = ["--checkpoint", str(checkpoint)] if name in LOOKING else []
-    done = start([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), *options, "run.cache=file/deeper"], tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"error: run.cache: cannot write to {tmp_path / 'file' / 'deeper'} (Not a directory)")
+    told = refused(name, *options, "run.cache=file/deeper")
+    assert told.startswith(f"error: run.cache: cannot write to {tmp_path / 'file' / 'deeper'} (Not a directory)")
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -152,12 +149,10 @@ def test_a_cache_that_takes_no_file_is_said_before_anything_starts(name, checkpo
     ("file/page.html", "cannot write to {folder}/file (Not a directory): choose another folder"),
     (".", ". is a folder: name a file in it"),
 ])
-def test_a_page_that_cannot_be_written_is_said_before_anything_is(page, told, checkpoint, tmp_path):
+def test_a_page_that_cannot_be_written_is_said_before_anything_is(page, told, checkpoint, refused, tmp_path):
     (tmp_path / "file").write_text("")
-    command = [sys.executable, str(ROOT / "pipelines" / "sample.py"), "--checkpoint", str(checkpoint), "--html", page]
-    done = start([*command, "run.cache=file/unused"], tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: --html: {told.format(folder=tmp_path)}\n" and os.listdir(tmp_path) == ["file"]
+    found = refused("sample", "--checkpoint", checkpoint, "--html", page, "run.cache=file/unused")
+    assert found == f"error: --html: {told.format(folder=tmp_path)}\n" and os.listdir(tmp_path) == ["file"]
 
 
 def test_workers_get_absolute_paths_of_checkpoints(tmp_path, monkeypatch):
@@ -327,13 +322,12 @@ def prepared(ray_session, tmp_path_factory):
     (["pretrain.mode=token_classifier", "pretrain.teacher=nowhere"], "/nowhere: no checkpoint there"),
     (["pretrain.mode=token_classifier", "pretrain.teacher=small"], "expected shape [96, 96], found [16, 16]"),
 ])
-def test_a_mistake_is_one_line_and_exit_code_2(prepared, tmp_path, overrides, message):
+def test_a_mistake_is_one_line_and_exit_code_2(prepared, refused, monkeypatch, tmp_path, overrides, message):
     if "pretrain.teacher=small" in overrides:
         tokenizer = build_tokenizer("bytes")
         model = GPT(ModelSection(n_layer=3, n_head=4, n_embd=16), tokenizer.vocabulary, block_size=64)
         save_checkpoint(tmp_path / "small", model, config={}, tokenizer=tokenizer)
-    command = [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *overrides, f"run.cache={prepared}"]
-    done = start(command, tmp_path, HTTPS_PROXY="http://127.0.0.1:9", TIKTOKEN_CACHE_DIR=str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert message in refused("pretrain", *overrides, f"run.cache={prepared}")
     assert not (tmp_path / "runs").exists()
