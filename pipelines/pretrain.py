@@ -64,6 +64,8 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
     """
     started = time.monotonic()
     with contextlib.nullcontext(display) if display else Display() as shown:
+        if not display:
+            shown.note(f"data: {config.data.source}")
         dataset = open_dataset(prepare(config.data, config.run.cache, shown))
         for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
             windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said first
@@ -131,7 +133,7 @@ def _fit(job: PretrainJob, tracker: Tracker, display: Display) -> dict[str, Any]
     if num_workers > total(nodes, kind) and not may_grow(cluster):
         raise ValueError(f"pretrain.num_workers is {num_workers}, the cluster has {total(nodes, kind):g} {kind}s")
     device = computes_on(cluster, nodes, num_workers, "pretrain.num_workers")
-    display.note(f"data: {job.config.data.source}; pretraining {device}")
+    display.note(f"pretraining {device}")
     workers = ray.train.ScalingConfig(num_workers=num_workers, use_gpu=kind == "GPU")
     return fit(worker_loop, job, tracker, display, workers=workers, unit="step")
 

@@ -247,7 +247,7 @@ def test_a_killed_run_started_again_is_bitwise_the_undisturbed_one(corpus, tmp_p
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "val_nelbo_nats" in done.stdout and "sample.py --checkpoint" in done.stdout
-    assert f"data: {corpus}; pretraining on " in done.stdout
+    assert f"data: {corpus}\n" in done.stdout and "pretraining on " in done.stdout
     assert "val_loss_unmask" not in done.stdout  # the table stays short
     run(config, prepare(config.data, config.run.cache), tmp_path / "whole")
     for name in ("best", "checkpoints/step-00001200"):
