@@ -64,8 +64,6 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
     """
     started = time.monotonic()
     with contextlib.nullcontext(display) if display else Display() as shown:
-        if not display:
-            shown.note(f"data: {config.data.source}")
         dataset = open_dataset(prepare(config.data, config.run.cache, shown))
         for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
             windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said first
@@ -77,6 +75,8 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
         with alone(folder):
             check_same(folder, decides)
             if not _is_over(folder, config.pretrain):
+                if not display:
+                    shown.note(f"data: {config.data.source}")
                 save_config(config, folder / "config.yaml")
                 figures = _fit_and_track(config, dataset, folder, shown)
                 summary = {"mode": config.pretrain.mode, **figures, "session_s": time.monotonic() - started}
