@@ -50,7 +50,7 @@ from grpo.data import open_dataset
 from grpo.model import GPT
 from grpo.run_checkpoints import latest_checkpoint
 from pipelines.grpo import Paths, start_actors
-from pipelines.launch import quiet, start_ray
+from pipelines.launch import NO_DASHBOARD, quiet, start_ray
 from pipelines.prepare import prepare
 from pipelines.ranks import Ranks
 from pipelines.rounds import train
@@ -87,11 +87,11 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster(initialize_head=True, head_node_args={
-            "num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False})
+            "num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "env_vars": NO_DASHBOARD})
         self.workers = [self.add(), self.add()]
 
     def add(self) -> Any:
-        return self.cluster.add_node(num_cpus=3, object_store_memory=STORE_BYTES)
+        return self.cluster.add_node(num_cpus=3, object_store_memory=STORE_BYTES, env_vars=NO_DASHBOARD)
 
     def kill(self, node: Any) -> None:
         """SIGKILL to everything of a node."""

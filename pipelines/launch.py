@@ -36,6 +36,9 @@ QUIET = {
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other worker on a shared machine
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
 }
+NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:0"}
+"""For a Ray without a dashboard: Ray Train asks it whether its controller lives, and at the end of a fit waits 12 s for
+that answer. An address where nobody can listen is an answer."""
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ("grpo.base", "pretrain.teacher", "denoise.remasking_model", "evaluation.scorer")
 """Keys that hold the path of a checkpoint."""
@@ -70,9 +73,10 @@ def start_ray(num_cpus: int | None = None) -> None:
     # A job's own variables are in os.environ already; named twice they would be a conflict, even with equal values.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"env_vars": {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}}
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": environment}
+    variables = {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": variables}}
     if private_ray():
+        variables |= NO_DASHBOARD
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **options)
         return
     address = os.environ["RAY_ADDRESS"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.launch import QUIET
+from pipelines.launch import NO_DASHBOARD, QUIET
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,8 +16,11 @@ os.environ.update(QUIET | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_
 def ray_session():
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             object_store_memory=200 * 2**20)
+    with pytest.MonkeyPatch.context() as patch:  # drivers of other processes join, with environments of their own
+        for name, value in NO_DASHBOARD.items():
+            patch.setenv(name, value)
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                 object_store_memory=200 * 2**20)
     yield
     ray.shutdown()
 

@@ -65,8 +65,6 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config import ClusterSection, GrpoSection
 from pipelines.placement import check_fits, node_resources, placed

@@ -21,7 +21,7 @@ from grpo.config_file import to_dict
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 from pipelines.__main__ import pipelines
-from pipelines.launch import launch, start_ray
+from pipelines.launch import NO_DASHBOARD, launch, start_ray
 from pipelines.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,12 +178,13 @@ def free_ports(count):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Addresses that `start_ray` asks Ray to join, which it does not."""
+    """Addresses that `start_ray` asks Ray to join, which it does not, and whether workers expect a dashboard there."""
     import ray
 
     asked = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: asked.append(options["address"]))
+    monkeypatch.setattr(ray, "init", lambda **options: asked.append(
+        (options["address"], not NO_DASHBOARD.items() <= options["runtime_env"]["env_vars"].items())))
     monkeypatch.setenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     return asked
 
@@ -202,7 +203,18 @@ def test_a_cluster_that_answers_is_joined(joined, monkeypatch):
         for address in ("", "local", "auto", f"127.0.0.1:{server.getsockname()[1]}"):
             monkeypatch.setenv("RAY_ADDRESS", address)
             start_ray()
-    assert joined == ["local", "local", "auto", "auto"]
+    assert joined == [("local", False), ("local", False), ("auto", True), ("auto", True)]
+
+
+def test_where_no_dashboard_is_its_lack_is_an_answer(monkeypatch):
+    """What Ray Train's controller looks for until it ends; without an address it is a search of 40 s."""
+    from ray.util.state import get_actor
+    from ray.util.state.exception import ServerUnavailable
+
+    for name, value in NO_DASHBOARD.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ServerUnavailable):
+        get_actor("0" * 32)
 
 
 @pytest.fixture(scope="module")
