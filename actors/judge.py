@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -57,12 +58,12 @@ class Judge:
         torch.manual_seed(SEED + 1)
         self.model = GPT(self.config.model, dataset.vocabulary, block_size=config.data.block_size).to(device)
 
-    def train(self) -> GPT:
-        """Train on the judge's split; returns the model."""
+    def train(self) -> Iterator[int]:
+        """Train `model` on the judge's split; yields how many steps are done."""
         settings = self.config.pretrain
         cursor = Cursor(self.dataset, "judge", settings.batch_size, self.config.data.block_size, SEED)
         trainer = Pretrainer(self.model, self.config, device=self.device)
         for step in range(settings.steps):
             trainer.step(step, cursor.batch(step))
+            yield step + 1
         self.model.eval()
-        return self.model

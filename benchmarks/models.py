@@ -106,7 +106,10 @@ def judge(config: Config, dataset: Dataset) -> GPT:
     """The independent causal model, trained on the judge's split whatever the generator's settings."""
 
     def train(folder: Path) -> None:
-        save_checkpoint(folder, Judge(config, dataset, threads=torch.get_num_threads()).train(), config={})
+        judge = Judge(config, dataset, threads=torch.get_num_threads())
+        for _ in judge.train():
+            pass
+        save_checkpoint(folder, judge.model, config={})
 
     wanted = judge_config(config)
     return load_model(_trained("judge", wanted, dataset, train, wanted.model, wanted.pretrain)).eval()

@@ -42,6 +42,8 @@ from pipelines.measurements import (
     check_enough,
     check_splits,
     fit_judge,
+    follow_judge,
+    judge_folder,
     load_scorer,
     measure,
     measure_natural,
@@ -146,9 +148,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):
             check_splits(checkpoint, config.data, open_dataset(dataset).sources, option)
         start_ray()
-        display.note("training or loading the judge")
-        task = ray.remote(**task_options(config.cluster))
-        judge = ray.get(task(fit_judge).remote(config, dataset))
+        follow_judge(ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset), display)
+        judge = judge_folder(config, dataset)
         natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
         bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}

@@ -54,6 +54,8 @@ from pipelines.measurements import (
     check_enough,
     check_splits,
     fit_judge,
+    follow_judge,
+    judge_folder,
     judge_nll_gain,
     load_scorer,
     measure,
@@ -183,8 +185,8 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     shape = check_base(base, config, dataset)
     remasking = resolve_policy(config.denoise.remasking, shape, classifier)
     credits_positions(config.grpo.policy_positions, remasking, config.denoise.randomness)
-    display.note("waiting for the judge")
-    return Paths(dataset=dataset, base=base, judge=ray.get(judge)), replace(config, model=shape.model)
+    follow_judge(judge, display)
+    return Paths(dataset=dataset, base=base, judge=judge_folder(config, dataset)), replace(config, model=shape.model)
 
 
 def check_base(base: Path, config: Config, dataset: Path) -> GPT:

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from grpo.tokenizer import Tokenizer
 from pipelines.live_view import Recorder, token_pieces
+from pipelines.progress import Display
 from pipelines.run_folder import alone
 
 OF_TEXT = ("judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js")
@@ -56,21 +57,39 @@ def check_enough(config: Config, dataset: Path) -> None:
         windows(data, split, rows, config.data.block_size, VALIDATION_WINDOWS_SEED)
 
 
-def fit_judge(config: Config, dataset: Path) -> Path:
-    """Train the judge, once per data and recipe, beside the data; returns its checkpoint. Runs as a Ray task; where
-    several runs start together, one trains it and the others wait.
-    """
+def judge_folder(config: Config, dataset: Path) -> Path:
+    """Where the judge lies: beside the data, by its recipe."""
     wanted = judge_config(config)
-    decides = config_hash(dataset.name, wanted.model, wanted.pretrain, wanted.run.seed)
-    folder = dataset.parent / f"judge-{decides}"
+    return dataset.parent / f"judge-{config_hash(dataset.name, wanted.model, wanted.pretrain, wanted.run.seed)}"
+
+
+def fit_judge(config: Config, dataset: Path) -> Iterator[tuple[int, int]]:
+    """Train the judge into `judge_folder`, if it is not there. Runs as a Ray task; where several runs start together,
+    one trains it and the others wait.
+
+    Yields:
+        Steps done and of how many, at most a hundred times.
+    """
+    folder = judge_folder(config, dataset)
     with alone(dataset.parent / f"{folder.name}.lock"):  # the folder itself is replaced
         try:
             verify_checkpoint(folder)
         except ValueError:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device, total = "cuda" if torch.cuda.is_available() else "cpu", config.evaluation.judge_steps
             judge = Judge(config, open_dataset(dataset), threads=worker_threads(config.run.threads, 2), device=device)
-            save_checkpoint(folder, judge.train(), config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
-    return folder
+            for done in judge.train():
+                if done % -(-total // 100) == 0 or done == total:
+                    yield done, total
+            save_checkpoint(folder, judge.model, config=to_dict(judge.config), tokenizer=judge.dataset.tokenizer)
+
+
+def follow_judge(progress: Iterable[Any], display: Display) -> None:
+    """Show how far a `fit_judge` task is until it ends."""
+    import ray
+
+    display.note("waiting for the judge")
+    for told in progress:
+        display.phase("judge", *ray.get(told))
 
 
 def check_splits(checkpoint: Path, data: DataSection, sources: list[str], key: str) -> None:

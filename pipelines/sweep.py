@@ -43,7 +43,7 @@ from grpo.run_checkpoints import find_checkpoint
 from pipelines.fit import beside_main_thread
 from pipelines.grpo import check_base, publish_trunk
 from pipelines.launch import launch, start_ray
-from pipelines.measurements import check_enough, fit_judge, measure_natural
+from pipelines.measurements import check_enough, fit_judge, follow_judge, judge_folder, measure_natural
 from pipelines.placement import at_once, check_fits, node_resources, on_gpu, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
@@ -169,8 +169,8 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
         base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
         model = check_base(base, config, dataset)
         trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
-    display.note("waiting for the judge")
-    judge = ray.get(judge)
+    follow_judge(judge, display)
+    judge = judge_folder(config, dataset)
     natural = ray.get(task(measure_natural).remote(config, dataset, judge))
     gpu = on_gpu(config.cluster, node_resources())
     return Shared(

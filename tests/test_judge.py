@@ -62,7 +62,8 @@ def test_the_judge_is_the_same_whatever_trains_the_generator(dataset, section, s
     judges = [Judge(config, dataset, threads=1) for config in (CONFIG, other)]
     for judge in judges:
         judge.config = replace(judge.config, pretrain=replace(judge.config.pretrain, steps=2))
-    first, second = (judge.train().state_dict() for judge in judges)
+        assert list(judge.train()) == [1, 2]
+    first, second = (judge.model.state_dict() for judge in judges)
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
 
@@ -77,6 +78,5 @@ def test_the_judge_reads_its_own_split_alone_and_learns(dataset, monkeypatch):
     judge = Judge(replace(CONFIG, evaluation=replace(CONFIG.evaluation, judge_steps=250)), dataset, threads=1)
     validation = windows(dataset, "validation", 16, 16, 0).tokens
     before = float(judge_nll(judge.model, validation, 4, None))
-    model = judge.train()
-    assert splits == ["judge"]
-    assert before > 4.5 and float(judge_nll(model, validation, 4, None)) < 1.5 and not model.training
+    assert list(judge.train()) == list(range(1, 251)) and splits == ["judge"]
+    assert before > 4.5 and float(judge_nll(judge.model, validation, 4, None)) < 1.5 and not judge.model.training

@@ -9,7 +9,7 @@ import torch
 
 from actors.judge import Judge
 from actors.pretrainer import causal_nll
-from grpo.checkpoint import load_model, save_checkpoint
+from grpo.checkpoint import load_model, save_checkpoint, verify_checkpoint
 from grpo.config import DataSection
 from grpo.config_file import load_config, to_dict
 from grpo.data import VALIDATION_WINDOWS_SEED, make_dataset, windows
@@ -21,6 +21,8 @@ from pipelines.measurements import (
     Setting,
     check_splits,
     fit_judge,
+    follow_judge,
+    judge_folder,
     judge_nll_gain,
     load_scorer,
     measure,
@@ -38,6 +40,12 @@ def settings(*overrides):
     return load_config("configs/tiny.yaml", [*TINY, *overrides])
 
 
+def fitted_judge(config, dataset):
+    for _ in fit_judge(config, dataset):
+        pass
+    return judge_folder(config, dataset)
+
+
 def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, tmp_path):
     config = settings(f"run.cache={tmp_path}")
     documents = [f"{n} green bottles hanging on the wall, {n * n} in all." for n in range(400)]
@@ -47,12 +55,12 @@ def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, t
 
     def made(*_, device, **__):
         devices.append(device)
-        return SimpleNamespace(eval=lambda: model, train=lambda: model, dataset=dataset, config=config)
+        return SimpleNamespace(eval=lambda: model, train=lambda: (), model=model, dataset=dataset, config=config)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("load_model", "load_remasking_model", "Judge"):
         monkeypatch.setattr(f"pipelines.measurements.{name}", made)
-    Setting(config, dataset.folder, fit_judge(config, dataset.folder), tmp_path / "model")
+    Setting(config, dataset.folder, fitted_judge(config, dataset.folder), tmp_path / "model")
     assert devices == ["cuda"] * 4  # the judge that trains; then the judge, the generator and its re-masking model
 
 
@@ -90,8 +98,8 @@ def test_a_judge_is_found_again_by_runs_of_other_settings(tmp_path):
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data").folder
     others = (["pretrain.learning_rate=1e-4", "pretrain.batch_size=4", "pretrain.log_every=3", "run.seed=2"],
               ["pretrain.warmup=7", "model.position=learned", "model.bias=true"])
-    assert {fit_judge(settings(*other), dataset) for other in others} == {fit_judge(config, dataset)}
-    assert fit_judge(settings("evaluation.judge_steps=3"), dataset) != fit_judge(config, dataset)
+    assert {fitted_judge(settings(*other), dataset) for other in others} == {fitted_judge(config, dataset)}
+    assert fitted_judge(settings("evaluation.judge_steps=3"), dataset) != fitted_judge(config, dataset)
 
 
 def test_runs_that_start_together_train_one_judge(monkeypatch, tmp_path):
@@ -102,12 +110,26 @@ def test_runs_that_start_together_train_one_judge(monkeypatch, tmp_path):
         def train(self):
             trained.append(self)
             time.sleep(0.5)
-            return super().train()
+            yield from super().train()
 
     monkeypatch.setattr("pipelines.measurements.Judge", Slow)
     with ThreadPoolExecutor(3) as pool:
-        folders = list(pool.map(lambda _: fit_judge(config, dataset), range(3)))
+        folders = list(pool.map(lambda _: fitted_judge(config, dataset), range(3)))
     assert len(trained) == 1 and len(set(folders)) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("steps, told", [(3, [1, 2, 3]), (250, [*range(3, 250, 3), 250])])
+def test_a_judge_shows_how_far_it_is_and_one_that_is_there_nothing(ray_session, tmp_path, steps, told):
+    import ray
+
+    config, shown = settings(f"evaluation.judge_steps={steps}"), []
+    dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data").folder
+    display = SimpleNamespace(note=lambda text: None, phase=lambda *moved: shown.append(moved))
+    for _ in range(2):
+        follow_judge(ray.remote(fit_judge).remote(config, dataset), display)
+        verify_checkpoint(judge_folder(config, dataset))
+    assert shown == [("judge", done, steps) for done in told]
 
 
 def test_a_frozen_scorer_is_one_more_figure(tmp_path):
@@ -137,7 +159,7 @@ def test_a_frozen_scorer_is_one_more_figure(tmp_path):
 def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path):
     config = settings("run.threads=0")
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
-    judge = fit_judge(config, dataset.folder)
+    judge = fitted_judge(config, dataset.folder)
     assert judge.parent == tmp_path  # beside the data, from whatever folder the task runs in
     monkeypatch.setattr("actors.threads._cores", lambda: 8)
     try:
@@ -154,7 +176,7 @@ def test_the_users_rewards_are_those_of_completions_without_prompts_and_pads(tmp
     config = settings(f'grpo.rewards={{"{names[0]}": 1.0, "{names[1]}": 0.0}}', f"data.layout={layout}")
     documents = [f"{n} bottles (and {n * n} more" + ")" * (n % 2) for n in range(600)]
     dataset = make_dataset(documents, config.data, tmp_path / "data")
-    row = measure_natural(config, dataset.folder, fit_judge(config, dataset.folder))
+    row = measure_natural(config, dataset.folder, fitted_judge(config, dataset.folder))
     natural = windows(dataset, "validation", 24, 32, VALIDATION_WINDOWS_SEED)
     rows = zip(natural.tokens[:, 8:].tolist(), natural.attention_mask[:, 8:].tolist(), strict=True)
     texts = [bytes(t for t, real in zip(tokens, mask, strict=True) if real).decode() for tokens, mask in rows]
@@ -187,7 +209,7 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
 def test_a_judge_that_knows_the_data_less_well_than_the_generator_is_told(tmp_path):
     config = settings()
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
-    judge = fit_judge(config, dataset.folder)
+    judge = fitted_judge(config, dataset.folder)
     rows = windows(dataset, "validation", 8, 32, VALIDATION_WINDOWS_SEED)
     nats, _ = causal_nll(load_model(judge).eval(), rows)
     found = measure_natural(config, dataset.folder, judge)["judge_bpb"]
@@ -210,7 +232,7 @@ def test_a_row_tells_how_far_it_is_from_the_entropy_to_match(tmp_path):
     torch.manual_seed(0)
     model = GPT(config.model, dataset.vocabulary, block_size=config.data.block_size).eval()
     save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=dataset.tokenizer)
-    judge = fit_judge(config, dataset.folder)
+    judge = fitted_judge(config, dataset.folder)
     row = measure(config, dataset.folder, judge, tmp_path / "model", 0.5, bound=False)
     assert row["entropy_error"] == row["entropy"] - 0.5 > 0.1 and row["temperature"] < 1
     assert "entropy_error" not in measure(config, dataset.folder, judge, tmp_path / "model", bound=False)
