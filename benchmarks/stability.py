@@ -1,6 +1,6 @@
 """Do the adversarial rounds survive, seed after seed, and what keeps them alive?
 
-    python benchmarks/stability.py [--quick] [--seeds N] [--ablations N] [--rounds N] [--processes N]
+    python benchmarks/stability.py [--quick] [--seeds N] [--first N] [--ablations N] [--rounds N] [--processes N]
                                    [--data FILE]
 
 The tiny configuration for many more rounds than it asks for. Every 50 rounds the run's result writes completions of
@@ -11,7 +11,8 @@ lies within `reward.band_low` .. `reward.band_high`.
 Variants leave out the accuracy band (as many reward steps in every round), the replay buffer, the KL penalty or the
 anchor, let the advantages see the temperature, or divide them by their spread and score with a head that lags;
 `--ablations` says with how many seeds. Each seed of each variant is kept in the cache, so that a run that was stopped
-goes on and one with more seeds adds to what is there. `--processes` of them run at once, a thread each.
+goes on and one with more seeds adds to what is there. `--processes` of them run at once, a thread each; `--first`
+names the first seed, where machines share them.
 
 The last line is a JSON object: `survived` and `in_band` (shares), `entropy_kept` (least entropy over natural text's,
 mean over seeds), each with `_ci95` over seeds, and `rows`.
@@ -114,6 +115,7 @@ def row(args: argparse.Namespace, job: tuple[str, int]) -> dict[str, float]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--ablations", type=int, default=1, help="seeds of each variant that leaves something out")
     parser.add_argument("--rounds", type=int, help="default: 500, or 6 with --quick")
     parser.add_argument("--processes", type=int, default=1, help="how many seeds run at once")
@@ -125,8 +127,8 @@ def main() -> None:
     args.every = min(50, args.rounds // 2)
     shared = configure(args, 0)
     judge(shared, dataset_of(shared))
-    jobs = [(variant, seed) for variant in VARIANTS
-            for seed in range(args.seeds if variant == "as configured" else args.ablations)]
+    seeds = {variant: args.ablations for variant in VARIANTS} | {"as configured": args.seeds}
+    jobs = [(variant, args.first + number) for variant in VARIANTS for number in range(seeds[variant])]
     rows: dict[str, list[dict[str, float]]] = {}
     with ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for (variant, _), lived in zip(jobs, pool.map(partial(row, args), jobs), strict=True):
