@@ -1,7 +1,7 @@
 """Does adversarial training move the whole frontier, or only along it?
 
-    python benchmarks/frontier.py [section.key=value ...] [--quick] [--seeds N] [--data FILE] [--forwards 4 8 ...]
-                                  [--temperatures 0.5 ...] [--kinds random ...] [--figure FILE]
+    python benchmarks/frontier.py [section.key=value ...] [--quick] [--seeds N] [--first N] [--data FILE]
+                                  [--forwards 4 8 ...] [--temperatures 0.5 ...] [--kinds random ...] [--figure FILE]
 
 The trained model against its own base, over temperatures and trunk forwards (NFE), the base under each way of
 re-masking and by the sampler's wavefront. The wavefront is the base's best, so the rounds start from it
@@ -15,7 +15,7 @@ re-masking and by the sampler's wavefront. The wavefront is the base's best, so 
    are above zero by more than their 95 % intervals over seeds. `trained_8_vs_base_64`: the gains of the trained model
    at temperature 1 and 8 forwards over the base at 64; it names the numbers, where `--forwards` leaves these out.
 4. Every model and every measurement is kept in the cache, so a run that was stopped goes on, and one with more seeds,
-   temperatures or forwards adds to what is there.
+   temperatures or forwards adds to what is there. Runs that begin at other seeds (`--first`) may share a cache.
 
 The last line is a JSON object: `rows` (gains by NFE and temperature), `dominates`, `trained_8_vs_base_64`,
 `curve` (the plane).
@@ -175,6 +175,7 @@ def draw(plane: list[dict]) -> Figure:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--forwards", type=int, nargs="+", help=f"default: {FORWARDS}")
     parser.add_argument("--temperatures", type=float, nargs="+", help=f"of the plane; default: {TEMPERATURES}")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="how the base is sampled; default: all")
@@ -188,7 +189,7 @@ def main() -> None:
     args.kinds = args.kinds or (["random", "sampler"] if args.quick else list(KINDS))
     args.few, args.many = min(args.forwards, key=lambda n: abs(n - 8)), max(args.forwards)
     args.warm = min(args.temperatures, key=lambda heat: abs(heat - 1))
-    seeds = [seed_rows(args, seed) for seed in range(args.seeds)]
+    seeds = [seed_rows(args, args.first + number) for number in range(args.seeds)]
     points = {point: [found[point] for found, _, _ in seeds] for point in seeds[0][0]}
     runs = {point: of_seeds for point, of_seeds in points.items() if all(of_seeds)}
     if runs:
