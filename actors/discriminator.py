@@ -130,17 +130,11 @@ class Discriminator:
         settings = self.config.reward
         warming_up = num_steps is not None
         steps = num_steps if warming_up else self.num_steps
-        per_rank = len(self.buffer[-1].tokens[0])
-        low = self.rank * per_rank
         generator = torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + round * 1009 + PAIR_STREAM)
         sums: dict[str, Tensor] = {}
-        for _ in range(steps):
-            pairs = settings.batch_size // 2
-            slots = torch.randint(per_rank * self.world, (pairs,), generator=generator)
-            ages = torch.randint(max(1, len(self.buffer) - 1), (pairs,), generator=generator)
-            ages[: pairs // 2] = len(self.buffer) - 1  # half from this round, half from earlier ones
-            owned = (slots >= low) & (slots < low + per_rank)
-            features, mask = self._gather(ages[owned], slots[owned] - low)
+        norms: dict[str, Tensor] = {}
+        for chosen in self._draw(steps, generator):
+            features, mask = self._gather(chosen)
             natural = torch.arange(len(features), device=features.device) >= len(features) // 2
 
             def losses(features: Tensor = features, mask: Tensor = mask, natural: Tensor = natural) -> Tensor:
@@ -159,8 +153,10 @@ class Discriminator:
 
             self.optimizer.zero_grad(set_to_none=True)
             self.module(losses).backward()
-            check_finite(clip_parts(self.parts, MAX_NORM), f"reward phase of round {round}")
+            for name, norm in clip_parts(self.parts, MAX_NORM).items():
+                norms[name] = torch.maximum(norms.get(name, norm), norm)
             self.optimizer.step()
+        check_finite(norms, f"reward phase of round {round}")  # once: a phase that fails is lost with its round
         with torch.no_grad():
             for mean, now in zip(self.average.parameters(), self.head.parameters(), strict=True):
                 mean.lerp_(now, 1.0 if warming_up else 1 - settings.ema)
@@ -222,15 +218,28 @@ class Discriminator:
         for head in (self.head, self.average):
             head.calibrate(mean, variance.sqrt())
 
-    def _gather(self, ages: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw(self, steps: int, generator: torch.Generator) -> list[list[Tensor]]:
+        """Of each reward step, the pairs that this rank owns: their places in each round of the buffer.
+
+        They are drawn on the CPU, where their numbers are known, and travel to the device together.
+        """
+        per_rank, latest = len(self.buffer[-1].tokens[0]), len(self.buffer) - 1
+        pairs, low = self.config.reward.batch_size // 2, self.rank * per_rank
+        drawn = []
+        for _ in range(steps):
+            slots = torch.randint(per_rank * self.world, (pairs,), generator=generator)
+            ages = torch.randint(max(1, latest), (pairs,), generator=generator)
+            ages[: pairs // 2] = latest  # half from this round, half from earlier ones
+            owned = (slots >= low) & (slots < low + per_rank)
+            drawn += [slots[owned & (ages == age)] - low for age in range(len(self.buffer))]
+        places = torch.cat([torch.empty(0, dtype=torch.int64), *drawn]).to(self.device).split([len(d) for d in drawn])
+        return [list(places[first : first + latest + 1]) for first in range(0, len(places), latest + 1)]
+
+    def _gather(self, chosen: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Features [2m, T - P, F] and masks of m pairs: generated first, natural second."""
-        features, masks = [], []
-        for side in (0, 1):
-            for age in range(len(self.buffer)):
-                chosen = slots[ages == age]
-                features.append(self.buffer[age].features[side][chosen])
-                masks.append(self.buffer[age].mask[side][chosen])
-        return torch.cat(features), torch.cat(masks)
+        rounds = [(texts, places, side) for side in (0, 1) for texts, places in zip(self.buffer, chosen, strict=True)]
+        features = torch.cat([texts.features[side][places] for texts, places, side in rounds])
+        return features, torch.cat([texts.mask[side][places] for texts, places, side in rounds])
 
 
 class NoDiscriminator:

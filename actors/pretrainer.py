@@ -171,7 +171,7 @@ class Pretrainer:
         )
 
     def read(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Means over ranks of accumulated pairs, and the controller's state; here alone the host waits."""
+        """Means over ranks of accumulated pairs, and the controller's state; the host waits for them here alone."""
         values = reduced_means(sums, self.all_reduce)
         if "p_mask_unmask" in sums:
             values |= {

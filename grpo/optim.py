@@ -54,13 +54,14 @@ def clip_parts(parts: Parts, max_norm: float) -> dict[str, Tensor]:
 
 
 def check_finite(norms: dict[str, Tensor], phase: str) -> None:
-    """Stop before a gradient that is not finite reaches the weights.
+    """Stop a run whose gradient is not finite; the host waits once.
 
     Raises:
         FloatingPointError: names phase and part.
     """
-    for name, norm in norms.items():
-        if not torch.isfinite(norm):
+    finite = torch.stack([norm.isfinite() for norm in norms.values()]).tolist() if norms else []
+    for name, is_finite in zip(norms, finite, strict=True):
+        if not is_finite:
             raise FloatingPointError(f"{phase}: the gradient of {name} is not finite")
 
 
