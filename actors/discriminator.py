@@ -167,9 +167,11 @@ class Discriminator:
                     _ = layer.weight
         return reduced_means(sums, self.all_reduce) | {"reward_steps": steps}
 
-    def steer(self, accuracy: float) -> None:
-        """Choose how many reward steps follow, by the held-out accuracy."""
+    def steer(self, accuracy: float | None) -> None:
+        """Choose how many reward steps follow, by the held-out accuracy; None, of no text at all, leaves it."""
         settings = self.config.reward
+        if accuracy is None:
+            return
         self.num_steps = reward_steps(
             self.num_steps,
             accuracy,

@@ -31,7 +31,8 @@ class DenoiseSection:
     remasking_model: str = ""
     """Checkpoint of a token_classifier for `remasking: model`."""
     randomness: float = 1.0
-    """0: the policy's top k; 1: uniform; between: a Plackett-Luce sample with weights P(wrong)^((1-r)/r)."""
+    """0: the policy's top k; 1: uniform, whatever the policy thinks; between: a Plackett-Luce sample with weights
+    P(wrong)^((1-r)/r)."""
     sampler: bool = False
     """Fill by the wavefront of the sampler head instead of all at once."""
 
@@ -65,7 +66,8 @@ class GrpoSection:
     prompt_tokens: int = 16
     """Tokens of natural text that each completion continues; the rest of data.block_size is generated."""
     learning_rate: float = 1e-3
-    """AdamW learning rate of the generator's heads."""
+    """AdamW learning rate of all of the generator that trains: heads, and by `trainable` adapters or the trunk, which
+    want less (3e-4 was measured)."""
     grad_clip: float = 1.0
     """Maximal gradient norm of each trainable part by itself."""
     loss: str = "grpo"
@@ -102,7 +104,7 @@ class GrpoSection:
     """Proposals that are credited: `all`, or `auto`: kept ones alone where discarded ones changed none of them."""
     policy_positions: bool = False
     """Credit re-mask choices as actions, by their Plackett-Luce probability, also under `confidence` and `critic`;
-    under `self` they always are."""
+    under `self` they are where `denoise.randomness` lies strictly between 0 and 1."""
     residual: int = 256
     """Width of the zero-initialised residual MLP in front of the generator's untied lm head; 0: none."""
     anchor: float = 0.1
@@ -252,10 +254,10 @@ class RewardSection:
     """Spectral normalisation of the head's matrices (arXiv:1802.05957)."""
     replay_rounds: int = 8
     """Rounds of earlier rollouts kept for the reward phase, as features on the learner's device: (replay_rounds + 1) x
-    2 (generated, natural) x prompts x group_size / num_workers x (block_size - prompt_tokens) x F x 4 bytes per rank,
-    where F = (number of layers + 2) x n_embd + 2, without masked passes number of layers x n_embd
-    (`grpo/features.py`). GPT-2's shape, 768 wide with block_size 1024, else by default: F = 2306, 4.8 GB per round and
-    43 GB in all."""
+    2 (generated, natural) x prompts x group_size / num_workers x (block_size - prompt_tokens) x F x 4 bytes (2 with
+    `grpo.trunk_dtype: bfloat16`) per rank, where F = (number of layers + 2) x n_embd + 2, without masked passes number
+    of layers x n_embd (`grpo/features.py`). GPT-2's shape, 768 wide with block_size 1024, else by default: F = 2306,
+    4.8 GB per round and 43 GB in all."""
     batch_size: int = 128
     """Natural plus generated texts per reward step."""
     min_steps: int = 10
@@ -316,8 +318,8 @@ class EvaluationSection:
     samples: int = 512
     """Texts per evaluated setting, and natural ones beside them."""
     judge_steps: int = 500
-    """Optimizer steps of the independent causal judge, whose recipe is otherwise fixed (`actors/judge.py`): runs on the
-    same data are judged by the same model."""
+    """Optimizer steps of the independent causal judge, whose recipe no other keys than these of `evaluation` decide
+    (`actors/judge.py`): runs on the same data are judged by the same model."""
     judge_layers: int = 3
     """Blocks of the judge."""
     judge_width: int = 96

@@ -161,7 +161,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's (the newest is taken)")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--num", type=int, default=4, help="how many texts (default: 4)")
     parser.add_argument("--length", type=int, default=0, help="tokens of each, prompt included (default: block_size)")

@@ -8,6 +8,7 @@ from grpo.config import ModelSection, RewardSection
 from grpo.model import GPT
 from grpo.tokenizer import Vocabulary, build_tokenizer
 from grpo.trajectory import Rollout
+from tests.learner_world import CONFIG, World
 
 torch.set_num_threads(1)
 SECTION = ModelSection(n_layer=2, n_head=2, n_embd=16)
@@ -114,3 +115,11 @@ def test_the_users_functions_read_completions_without_prompts_and_pads(tmp_path,
     assert sys.modules["noting"].seen == [" long", " hi"]  # three tokens of each are the prompt
     assert scores.users["noting:length"].tolist() == [5, 3]
     assert scores.logits is None and scores.token_logits is None and scores.features is None  # there is no adversary
+
+
+def test_a_round_without_text_to_judge_leaves_the_number_of_reward_steps():
+    discriminator = World(CONFIG).learner.discriminator
+    discriminator.steer(0.99)
+    fewer = discriminator.num_steps
+    discriminator.steer(None)
+    assert discriminator.num_steps == fewer < discriminator.config.reward.max_steps
