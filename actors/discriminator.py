@@ -212,13 +212,15 @@ class Discriminator:
             self.buffer.append(Texts(round=round, tokens=tokens, attention_mask=mask, features=features, mask=scored))
 
     def _calibrate(self, features: Tensor, mask: Tensor) -> None:
-        """Standardise the reward head's features by the first round's natural text of all ranks."""
+        """Standardise the reward head's features by the first round's natural text of all ranks; for want of two tokens
+        they keep their scale.
+        """
         chosen = features[mask].double()
         count = self.all_reduce(torch.tensor(float(len(chosen)), dtype=torch.float64, device=self.device))
-        mean = self.all_reduce(chosen.sum(0)) / count
-        variance = self.all_reduce((chosen - mean).square().sum(0)) / (count - 1)
+        mean = self.all_reduce(chosen.sum(0)) / count.clamp(min=1)
+        variance = self.all_reduce((chosen - mean).square().sum(0)) / (count - 1).clamp(min=1)
         for head in (self.head, self.average):
-            head.calibrate(mean, variance.sqrt())
+            head.calibrate(mean, torch.where(count > 1, variance, 1.0).sqrt())
 
     def _draw(self, steps: int, generator: torch.Generator) -> list[list[Tensor]]:
         """Of each reward step, the pairs that this rank owns: their places in each round of the buffer.

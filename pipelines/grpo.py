@@ -62,7 +62,7 @@ from pipelines.measurements import (
     measure_natural,
     weak_judge,
 )
-from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, task_options
+from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, room_beside, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.progress import Display
@@ -167,7 +167,6 @@ def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
 
 def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     """Data, base model and judge, each made once and cached; the config with the base model's own shape."""
-    import ray
 
     classifier = load_remasking_model(config.denoise)
     if config.denoise.remasking != "auto":
@@ -180,13 +179,32 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
     load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
-    judge = ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset)
-    base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
-    shape = check_base(base, config, dataset)
-    remasking = resolve_policy(config.denoise.remasking, shape, classifier)
-    credits_positions(config.grpo.policy_positions, remasking, config.denoise.randomness)
-    follow_judge(judge, display)
+    with judge_beside(config, dataset, display):
+        base = base_of(config, display)
+        shape = check_base(base, config, dataset)
+        remasking = resolve_policy(config.denoise.remasking, shape, classifier)
+        credits_positions(config.grpo.policy_positions, remasking, config.denoise.randomness)
     return Paths(dataset=dataset, base=base, judge=judge_folder(config, dataset)), replace(config, model=shape.model)
+
+
+def base_of(config: Config, display: Display) -> Path:
+    """Checkpoint of the base model: the given one, or one that is pretrained unless the cache has it."""
+    return find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
+
+
+@contextmanager
+def judge_beside(config: Config, dataset: Path, display: Display) -> Iterator[None]:
+    """Train the judge beside the body, which may pretrain; before it, where the cluster has no room for both."""
+    import ray
+
+    booked = task_options(config.cluster)
+    judge = ray.remote(**booked)(fit_judge).remote(config, dataset)
+    beside = room_beside(booked, config.pretrain.num_workers, on_gpu=on_gpu(config.cluster, node_resources()))
+    if not beside:
+        follow_judge(judge, display)
+    yield
+    if beside:
+        follow_judge(judge, display)
 
 
 def check_base(base: Path, config: Config, dataset: Path) -> GPT:

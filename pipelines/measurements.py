@@ -24,7 +24,7 @@ from actors.pretrainer import validation_bound
 from actors.threads import worker_threads
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete, load_remasking_model
-from grpo.config import Config, DataSection
+from grpo.config import SHORTEST, Config, DataSection
 from grpo.config_file import config_hash, to_dict
 from grpo.config_model import check
 from grpo.data import VALIDATION_WINDOWS_SEED, Batch, completion_mask, open_dataset, window_places, windows
@@ -51,10 +51,15 @@ EQUAL_ENTROPY = 0.01
 
 
 def check_enough(config: Config, dataset: Path) -> None:
-    """Raise a ValueError where a split holds too little text to measure by."""
-    data, num = open_dataset(dataset), config.evaluation.samples
+    """Raise a ValueError where a split holds too little text to measure by, or none that goes on after a prompt."""
+    data, num, prompt = open_dataset(dataset), config.evaluation.samples, config.grpo.prompt_tokens
     for split, rows in (("validation", num), ("judge", 2 * num)):
-        windows(data, split, rows, config.data.block_size, VALIDATION_WINDOWS_SEED)
+        drawn = windows(data, split, rows, config.data.block_size, VALIDATION_WINDOWS_SEED)
+        for part in drawn.attention_mask.split(num):
+            longest = int(part.sum(1).max())
+            check(prompt <= longest - SHORTEST, "grpo.prompt_tokens",
+                  f"at least {SHORTEST} below the longest of the {num} rows to measure by ({longest} tokens, {split} "
+                  "split), so that a completion has 4-grams", prompt)
 
 
 def judge_folder(config: Config, dataset: Path) -> Path:

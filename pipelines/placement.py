@@ -10,7 +10,8 @@
    fractions must be such that this cannot go wrong.
 5. What a task or a trial computes has no limit of time, so what it books is compared with the cluster before.
 6. A task that measures, or that trains the judge, books what a learner has of a GPU, which is at most one: whoever else
-   holds GPUs then (pretraining, other such tasks) ends without it, so it waits at most for its turn.
+   holds GPUs then (pretraining, other such tasks) ends without it, so it waits at most for its turn. Pretraining waits
+   for a limited time and needs whole GPUs, so the judge trains beside it only where both find room.
 """
 
 from __future__ import annotations
@@ -138,6 +139,12 @@ def task_options(cluster: ClusterSection) -> dict[str, float]:
     if total(nodes, "CPU") < 1:
         raise ValueError(f"a measurement takes 1 CPU, the cluster has {total(nodes, 'CPU'):g}: add a node")
     return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=on_gpu(cluster, nodes)).get("GPU", 0)}
+
+
+def room_beside(task: Resources, workers: int, *, on_gpu: bool) -> bool:
+    """Whether the cluster holds such a task beside that many Ray Train workers, a whole GPU each, or a CPU."""
+    needs = {"CPU": task["num_cpus"] + workers * (not on_gpu), "GPU": task["num_gpus"] + workers * on_gpu}
+    return all(need <= total(node_resources(), name) + EPSILON for name, need in needs.items())
 
 
 def at_once(nodes: list[Resources], *bundles: Resources) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class Message:
 
 
 class ProgressBoard:
-    """Mailbox between rank 0 and the driver; a plain class that a pipeline wraps as a zero-CPU Ray actor."""
+    """Mailbox of rank 0 for the driver and the other ranks; a plain class that a pipeline wraps as a zero-CPU actor."""
 
     def __init__(self) -> None:
         self._latest: dict[str, Message] = {}
@@ -49,6 +49,7 @@ class ProgressBoard:
         self._stop = False
         self._begun = False
         self._failure = ""
+        self._shared: Any = None
 
     def report(self, phase: str, done: int, total: int, figures: dict[str, float] | None = None) -> bool:
         """Move a phase's bar; returns whether to stop, so that one call per step both tells and asks."""
@@ -68,6 +69,14 @@ class ProgressBoard:
     def stop(self) -> None:
         """Ask the loop to checkpoint and leave at its next round."""
         self._stop = True
+
+    def share(self, value: Any) -> None:
+        """Leave something for the other ranks, in the place of what was left before."""
+        self._shared = value
+
+    def shared(self) -> Any:
+        """What `share` was told last."""
+        return self._shared
 
     def begin(self) -> None:
         """Say that a worker runs."""

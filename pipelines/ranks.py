@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ class Ranks:
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor
+    share: Callable[[Any], Any] = lambda value: value
+    """share(value of rank 0) -> the same on all ranks; it may hold object references."""
     device: str = "cpu"
 
 

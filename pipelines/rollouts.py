@@ -4,16 +4,18 @@
 2. Rank r owns a contiguous share of the prompts and of the actors. Seeds belong to global indices, so the number of
    actors and ranks changes nothing but the order of summation.
 3. Every wait has a limit and names what it waited for.
+4. References reach the other ranks by the board and not by a pickled message: what a reference in a pickle refers to
+   Ray keeps as long as the process lives that pickled it, every round's heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from actors.learner import Learner
 from actors.trunk_store import Blueprint, to_tensors
@@ -150,14 +152,27 @@ def newest_heads(learner: Learner, round: int) -> dict[str, Any]:
 
 
 def publish(heads: dict[str, Any], ranks: Ranks) -> Published:
-    """Rank 0 puts both heads into the object store; all ranks get the references (wrapped: bare ones would hang)."""
+    """Rank 0 puts both heads into the object store; all ranks get the references."""
     import ray
 
-    box = [None]
+    new = None
     if ranks.rank == 0:
         new = Published(**{**heads, **{name: ray.put(heads[name]) for name in ("generator", "reward")}})
-        box = [ray.cloudpickle.dumps(new)]
-        if ranks.world == 1:
-            return new
-    dist.broadcast_object_list(box, 0)
-    return ray.cloudpickle.loads(box[0])
+    return ranks.share(new)
+
+
+def shared_by(board: Any, ranks: Ranks, timeout_s: float) -> Callable[[Any], Any]:
+    """`Ranks.share` by way of the progress board."""
+
+    def wait_for_all() -> None:
+        ranks.all_reduce(torch.zeros((), device=ranks.device))
+
+    def share(value: Any) -> Any:
+        if ranks.rank == 0:
+            fetch(board.share.remote(value), "the progress board", timeout_s)
+        wait_for_all()
+        value = value if ranks.rank == 0 else fetch(board.shared.remote(), "the progress board", timeout_s)
+        wait_for_all()  # or rank 0 could replace what another has not read yet
+        return value
+
+    return share

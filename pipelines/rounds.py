@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from grpo.reward_functions import RewardFunctionError
 from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
-from pipelines.rollouts import Rollouts, RoundsJob, fetch, newest_heads, publish
+from pipelines.rollouts import Rollouts, RoundsJob, fetch, newest_heads, publish, shared_by
 from pipelines.tracking import Tracker
 
 SHOWN = ("reward", "p_natural", "reward_accuracy", "kl", "entropy")
@@ -46,6 +47,8 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     job: RoundsJob = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
     board, timeout_s = settings["board"], job.config.run.timeout_s
+    if ranks.world > 1:
+        ranks = replace(ranks, share=shared_by(board, ranks, timeout_s))
     if reason := fetch(board.failure.remote(), "the progress board", timeout_s):
         return {"error": reason}
 
@@ -224,7 +227,7 @@ def _resume(
     Returns:
         Rounds done, the history, and the heads (as in `Published`) that roll out the next round if it was under way.
     """
-    newest = latest_checkpoint(folder / "checkpoints")
+    newest = ranks.share(latest_checkpoint(folder / "checkpoints") if ranks.rank == 0 else None)
     if newest is None:
         return 0, [], None
     state = load_checkpoint(newest).state

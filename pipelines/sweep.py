@@ -39,14 +39,13 @@ from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.files import write_json
-from grpo.run_checkpoints import find_checkpoint
 from pipelines.fit import beside_main_thread
-from pipelines.grpo import check_base, publish_trunk
+from pipelines.grpo import base_of, check_base, judge_beside, publish_trunk
 from pipelines.launch import launch, start_ray
-from pipelines.measurements import check_enough, fit_judge, follow_judge, judge_folder, measure_natural
+from pipelines.measurements import check_enough, judge_folder, measure_natural
 from pipelines.placement import at_once, check_fits, node_resources, on_gpu, task_options
 from pipelines.prepare import prepare
-from pipelines.pretrain import pretrain, what_decides
+from pipelines.pretrain import what_decides
 from pipelines.pretrain_loop import read_curve
 from pipelines.progress import Display, follow, start_board, summary_table
 from pipelines.run_folder import alone, check_same, run_folder
@@ -162,15 +161,14 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
-    task = ray.remote(**task_options(config.cluster))
-    judge = task(fit_judge).remote(config, dataset)
     base = trunk = None
-    if not _own_bases(config):
-        base = find_checkpoint(config.grpo.base, "grpo.base") if config.grpo.base else pretrain(config, display=display)
-        model = check_base(base, config, dataset)
-        trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
-    follow_judge(judge, display)
+    with judge_beside(config, dataset, display):
+        if not _own_bases(config):
+            base = base_of(config, display)
+            model = check_base(base, config, dataset)
+            trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
     judge = judge_folder(config, dataset)
+    task = ray.remote(**task_options(config.cluster))
     natural = ray.get(task(measure_natural).remote(config, dataset, judge))
     gpu = on_gpu(config.cluster, node_resources())
     return Shared(

@@ -19,6 +19,7 @@ from grpo.tokenizer import build_tokenizer
 from pipelines.live_view import token_pieces
 from pipelines.measurements import (
     Setting,
+    check_enough,
     check_splits,
     fit_judge,
     follow_judge,
@@ -182,6 +183,13 @@ def test_the_users_rewards_are_those_of_completions_without_prompts_and_pads(tmp
     texts = [bytes(t for t, real in zip(tokens, mask, strict=True) if real).decode() for tokens, mask in rows]
     for name, reward in zip(names, (vowel_share, balanced_brackets), strict=True):
         assert row[f"rewards/{name.replace(':', '.')}"] == pytest.approx(sum(reward(texts)) / 24, rel=1e-6)
+
+
+def test_documents_that_end_with_the_prompt_are_said_before_anything_trains(tmp_path):
+    dataset = make_dataset([f"{n:06d}" for n in range(600)], settings("data.layout=documents").data, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"prompt_tokens must be at least 4 below the longest .*\(6 tokens, .*got 8"):
+        check_enough(settings("data.layout=documents"), dataset.folder)
+    check_enough(settings("data.layout=documents", "grpo.prompt_tokens=2"), dataset.folder)
 
 
 def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):

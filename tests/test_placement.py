@@ -9,8 +9,17 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from grpo.config import ClusterSection, GrpoSection
-from pipelines.placement import at_once, check_fits, computes_on, node_resources, placed, task_options
+from grpo.config import ClusterSection, Config, GrpoSection
+from pipelines.grpo import judge_beside
+from pipelines.placement import (
+    at_once,
+    check_fits,
+    computes_on,
+    node_resources,
+    placed,
+    room_beside,
+    task_options,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GRPO = GrpoSection(num_workers=2, rollout_actors=4, prompts=8)
@@ -125,6 +134,25 @@ def test_gpus_that_are_asked_for_are_waited_for_on_a_cluster_and_missed_on_a_mac
 def test_a_task_books_a_learners_share_where_the_cluster_has_gpus(monkeypatch, resources, gpus):
     monkeypatch.setattr("pipelines.placement.node_resources", lambda: [resources])
     assert task_options(ClusterSection(learner_cpus=2.0, learner_gpus=0.25)) == {"num_cpus": 1, "num_gpus": gpus}
+
+
+@pytest.mark.parametrize("resources, gpus, room", [
+    ({"CPU": 2.0}, 0, True), ({"CPU": 1.0}, 0, False),
+    ({"CPU": 1.0, "GPU": 2.0}, 0.4, True), ({"CPU": 8.0, "GPU": 1.0}, 0.4, False),
+])
+def test_the_judge_trains_before_a_pretraining_that_has_no_room_beside_it(
+    ray_session, monkeypatch, resources, gpus, room
+):
+    monkeypatch.setattr("pipelines.placement.node_resources", lambda: [resources])
+    assert room_beside({"num_cpus": 1, "num_gpus": gpus}, 1, on_gpu=gpus > 0) == room
+    seen = []
+    monkeypatch.setattr("pipelines.grpo.fit_judge", lambda config, dataset: iter(()))
+    monkeypatch.setattr("pipelines.grpo.task_options", lambda cluster: {"num_cpus": 1, "num_gpus": 0})
+    monkeypatch.setattr("pipelines.grpo.room_beside", lambda *_, on_gpu: room)
+    monkeypatch.setattr("pipelines.grpo.follow_judge", lambda judge, display: seen.append("judge"))
+    with judge_beside(Config(), Path(), None):
+        seen.append("base")
+    assert seen == (["base", "judge"] if room else ["judge", "base"])
 
 
 def test_a_task_that_no_node_can_take_is_said_and_not_waited_for(monkeypatch):

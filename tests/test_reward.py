@@ -1,5 +1,6 @@
 import sys
 
+import pytest
 import torch
 
 from actors.reward import Reward
@@ -123,3 +124,13 @@ def test_a_round_without_text_to_judge_leaves_the_number_of_reward_steps():
     fewer = discriminator.num_steps
     discriminator.steer(None)
     assert discriminator.num_steps == fewer < discriminator.config.reward.max_steps
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_first_round_of_hardly_any_text_leaves_finite_features(tokens):
+    discriminator = World(CONFIG).learner.discriminator
+    features = torch.randn(4, 6, discriminator.head.shift.numel())
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[0, :tokens] = True
+    discriminator._calibrate(features, mask)
+    assert discriminator.head.shift.isfinite().all() and (discriminator.head.scale == 1).all()

@@ -1,6 +1,9 @@
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import ray
 import torch
 
 from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -19,7 +22,9 @@ from grpo.model import GPT
 from grpo.reward_functions import RewardFunctionError
 from grpo.run_checkpoints import latest_checkpoint
 from pipelines.grpo import Paths, start_actors
+from pipelines.progress import start_board
 from pipelines.ranks import Ranks
+from pipelines.rollouts import publish, shared_by
 from pipelines.rounds import train
 
 pytestmark = pytest.mark.ray
@@ -149,3 +154,23 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(paths, tmp_path
     config = configure(rewards={"statistics:fmean": 1.0})
     with pytest.raises(RewardFunctionError, match="reward function statistics:fmean raised"):
         run(config, paths, tmp_path)
+
+
+def test_heads_leave_the_object_store_when_newer_ones_have_taken_their_place(ray_session):
+    board = start_board()
+    alone, first, second = Ranks(), Ranks(rank=0, world=2), Ranks(rank=1, world=2)
+    first, second = (replace(ranks, share=shared_by(board, ranks, 60)) for ranks in (first, second))
+    held, old = ray._private.worker.global_worker.core_worker.get_all_reference_counts, set()
+    for round in range(3):
+        heads = {"round": round, "version": round, "mask_bias": 0.0,
+                 "generator": {"lm": np.full(10, round)}, "reward": {"reward": np.full(10, -round)}}
+        published = [publish(heads, alone), publish(heads, first), publish(None, second)]
+        assert published[1] == published[2]
+        assert ray.get(published[2].generator)["lm"][0] == ray.get(published[0].generator)["lm"][0] == round
+        deadline = time.monotonic() + 10
+        while old & held().keys() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not old & held().keys()
+        old = {reference.hex().encode() for each in published[:2] for reference in (each.generator, each.reward)}
+        assert old <= held().keys()
+    ray.kill(board)
