@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,6 @@ class Ranks:
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     all_reduce: Callable[..., Tensor] = lambda tensor, op="sum": tensor
-    share: Callable[[Any], Any] = lambda value: value
-    """share(value of rank 0) -> the same on all ranks; it may hold object references."""
     device: str = "cpu"
 
 

@@ -23,6 +23,14 @@ from grpo.config import Config
 from grpo.data import Batch, Cursor, open_dataset
 from pipelines.ranks import Ranks
 
+Share = Callable[[Any], Any]
+"""share(value of rank 0) -> the same on all ranks; it may hold object references."""
+
+
+def own(value: Any) -> Any:
+    """`Share` of a world of one."""
+    return value
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsJob:
@@ -151,18 +159,18 @@ def newest_heads(learner: Learner, round: int) -> dict[str, Any]:
     }
 
 
-def publish(heads: dict[str, Any], ranks: Ranks) -> Published:
+def publish(heads: dict[str, Any], ranks: Ranks, share: Share = own) -> Published:
     """Rank 0 puts both heads into the object store; all ranks get the references."""
     import ray
 
     new = None
     if ranks.rank == 0:
         new = Published(**{**heads, **{name: ray.put(heads[name]) for name in ("generator", "reward")}})
-    return ranks.share(new)
+    return share(new)
 
 
-def shared_by(board: Any, ranks: Ranks, timeout_s: float) -> Callable[[Any], Any]:
-    """`Ranks.share` by way of the progress board."""
+def shared_by(board: Any, ranks: Ranks, timeout_s: float) -> Share:
+    """What shares among several ranks, by way of the progress board."""
 
     def wait_for_all() -> None:
         ranks.all_reduce(torch.zeros((), device=ranks.device))

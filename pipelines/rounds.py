@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from grpo.reward_functions import RewardFunctionError
 from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from grpo.text_quality import distinct_n
 from pipelines.ranks import Ranks, worker_ranks
-from pipelines.rollouts import Rollouts, RoundsJob, fetch, newest_heads, publish, shared_by
+from pipelines.rollouts import Rollouts, RoundsJob, Share, fetch, newest_heads, own, publish, shared_by
 from pipelines.tracking import Tracker
 
 SHOWN = ("reward", "p_natural", "reward_accuracy", "kl", "entropy")
@@ -47,8 +46,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     job: RoundsJob = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
     board, timeout_s = settings["board"], job.config.run.timeout_s
-    if ranks.world > 1:
-        ranks = replace(ranks, share=shared_by(board, ranks, timeout_s))
+    share = own if ranks.world == 1 else shared_by(board, ranks, timeout_s)
     if reason := fetch(board.failure.remote(), "the progress board", timeout_s):
         return {"error": reason}
 
@@ -58,7 +56,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
     try:
         if ranks.rank > 0:
-            return train(job, ranks, lambda figures, step: None, report)
+            return train(job, ranks, lambda figures, step: None, report, share=share)
         with Tracker(
             settings["tracking"],
             job.folder,
@@ -68,7 +66,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
             writer="rank0",
             warn=lambda text: board.note.remote(text),
         ) as tracker:
-            return train(job, ranks, tracker.log, report, board.note.remote)
+            return train(job, ranks, tracker.log, report, board.note.remote, share)
     except (RewardFunctionError, FloatingPointError) as error:
         reason = getattr(error, "cause", error)  # an actor's error carries its traceback in its text
         reason = f"{reason}; the same command goes on after round {newest_step(job.folder)}"
@@ -79,7 +77,12 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def train(
-    job: RoundsJob, ranks: Ranks, log: Log, report: Report, note: Callable[[str], object] = lambda text: None
+    job: RoundsJob,
+    ranks: Ranks,
+    log: Log,
+    report: Report,
+    note: Callable[[str], object] = lambda text: None,
+    share: Share = own,
 ) -> dict[str, Any]:
     """All rounds, from the newest checkpoint on; rank 0 logs, reports, and notes what should stay on the screen.
 
@@ -104,15 +107,15 @@ def train(
         learner.mask_bias.load_state_dict(job.mask_bias)
     dataset = open_dataset(job.dataset)
     source = Rollouts(job, ranks)
-    done, history, behind = _resume(job.folder, learner, ranks)
+    done, history, behind = _resume(job.folder, learner, ranks, share)
     if ranks.rank == 0:
         log({f"parameters/{part}": count for part, count in learner.model.parameter_counts().items()}, 0)
         for row in history:  # a killed process may have taken figures along; what the store has is not stored twice
             log({name: value for name, value in row.items() if name != "step"}, row["step"])
     warmup = config.warmup_rounds
     total = warmup + grpo.rounds
-    published = publish(newest_heads(learner, done), ranks)
-    flight = source.start(done, publish(behind, ranks)) if behind and done < total else None
+    published = publish(newest_heads(learner, done), ranks, share)
+    flight = source.start(done, publish(behind, ranks, share)) if behind and done < total else None
     saved = done
     stop = False
 
@@ -166,7 +169,7 @@ def train(
         else:
             metrics |= learner.discriminator.train(round, config.reward.warmup_steps)
         clock.lap("reward")
-        published = publish(newest_heads(learner, round + 1), ranks)
+        published = publish(newest_heads(learner, round + 1), ranks, share)
         clock.lap("publish")
         done = round + 1
         written = [torch.stack([r.tokens, r.completion_mask])[:, :, grpo.prompt_tokens :] for r in rollouts]
@@ -220,14 +223,14 @@ class Clock:
 
 
 def _resume(
-    folder: Path, learner: Learner, ranks: Ranks
+    folder: Path, learner: Learner, ranks: Ranks, share: Share
 ) -> tuple[int, list[dict[str, float]], dict[str, Any] | None]:
     """Load the newest checkpoint into the learner, if there is one.
 
     Returns:
         Rounds done, the history, and the heads (as in `Published`) that roll out the next round if it was under way.
     """
-    newest = ranks.share(latest_checkpoint(folder / "checkpoints") if ranks.rank == 0 else None)
+    newest = share(latest_checkpoint(folder / "checkpoints") if ranks.rank == 0 else None)
     if newest is None:
         return 0, [], None
     state = load_checkpoint(newest).state

@@ -158,13 +158,14 @@ def test_a_reward_function_that_fails_ends_the_run_with_its_name(paths, tmp_path
 
 def test_heads_leave_the_object_store_when_newer_ones_have_taken_their_place(ray_session):
     board = start_board()
-    alone, first, second = Ranks(), Ranks(rank=0, world=2), Ranks(rank=1, world=2)
-    first, second = (replace(ranks, share=shared_by(board, ranks, 60)) for ranks in (first, second))
+    first, second = Ranks(rank=0, world=2), Ranks(rank=1, world=2)
     held, old = ray._private.worker.global_worker.core_worker.get_all_reference_counts, set()
     for round in range(3):
         heads = {"round": round, "version": round, "mask_bias": 0.0,
                  "generator": {"lm": np.full(10, round)}, "reward": {"reward": np.full(10, -round)}}
-        published = [publish(heads, alone), publish(heads, first), publish(None, second)]
+        published = [
+            publish(heads, Ranks()), *(publish(heads, rank, shared_by(board, rank, 60)) for rank in (first, second))
+        ]
         assert published[1] == published[2]
         assert ray.get(published[2].generator)["lm"][0] == ray.get(published[0].generator)["lm"][0] == round
         deadline = time.monotonic() + 10
