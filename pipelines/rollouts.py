@@ -173,7 +173,7 @@ def shared_by(board: Any, ranks: Ranks, timeout_s: float) -> Share:
     """What shares among several ranks, by way of the progress board."""
 
     def wait_for_all() -> None:
-        ranks.all_reduce(torch.zeros((), device=ranks.device))
+        float(ranks.all_reduce(torch.zeros((), device=ranks.device)))  # on a GPU only the read waits
 
     def share(value: Any) -> Any:
         if ranks.rank == 0:
