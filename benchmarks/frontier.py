@@ -109,10 +109,15 @@ Point = tuple[int, float]
 """NFE and temperature."""
 
 
+def recipe(args: argparse.Namespace, seed: int) -> Config:
+    """The config of one seed: that of `configs/wavefront.yaml`."""
+    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=180"]
+    return configure(args, seed, "denoise.sampler=true", *rounds)
+
+
 def seed_rows(args: argparse.Namespace, seed: int) -> tuple[dict[Point, dict | None], dict | None, list[dict]]:
     """Gains by point, gains at few forwards against many, and the plane, of one seed."""
-    rounds = ["grpo.rounds=8", "reward.warmup_rounds=2"] if args.quick else ["grpo.rounds=180"]
-    config = configure(args, seed, "denoise.sampler=true", *rounds)
+    config = recipe(args, seed)
     dataset = dataset_of(config)
     base_folder = generator(config, dataset)
     folder = adversarial(config, dataset, base_folder)

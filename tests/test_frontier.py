@@ -1,9 +1,21 @@
+from argparse import Namespace
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.frontier import above_zero, draw, gains
+from benchmarks.frontier import above_zero, draw, gains, recipe
 from benchmarks.models import Curve, remembered
 from benchmarks.stability import judged
 from grpo.config import Config, RewardSection, RunSection
+from grpo.config_file import load_config
+
+
+def test_the_shipped_config_is_what_the_frontier_measures():
+    shipped = load_config("configs/wavefront.yaml")
+    args = Namespace(quick=False, data="python-docs", cache=shipped.run.cache, overrides=[])
+    measured = recipe(args, shipped.run.seed)
+    looks = {name: getattr(shipped.pretrain, name) for name in ("eval_every", "checkpoint_every")}
+    assert replace(measured, pretrain=replace(measured.pretrain, **looks)) == shipped
 
 
 def test_figures_are_computed_once_for_what_decides_them(tmp_path):
