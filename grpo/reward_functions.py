@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -31,6 +32,10 @@ def resolve_rewards(names: Iterable[str]) -> dict[str, RewardFunction]:
     Raises:
         ValueError: one line naming key, value and remedy.
     """
+    names = list(names)
+    logged = Counter(f"{reward_figure(name)}{of}" for name in names for of in ("", "_std"))
+    for figure in [figure for figure, times in logged.items() if times > 1]:
+        raise ValueError(f"grpo.rewards: {figure} would be logged of two functions: rename one")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that nobody's random.py takes the standard library's place
     return {name: _resolve(name) for name in names}

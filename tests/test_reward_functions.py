@@ -22,6 +22,11 @@ def test_functions_are_found_in_packages_and_in_the_current_folder(tmp_path, mon
     torch.testing.assert_close(scores["grpo.example_rewards:vowel_share"], torch.tensor([2 / 3, 0, 0]))
 
 
+def test_two_functions_never_share_a_figure():
+    with pytest.raises(ValueError, match="grpo.rewards: rewards/one.f_std would be logged of two functions"):
+        resolve_rewards(["one:f", "one:f_std"])
+
+
 @pytest.mark.parametrize("name, message", [
     ("nowhere:score", "got 'nowhere:score': no module nowhere in the current folder or PYTHONPATH"),
     ("grpo.nowhere:score", "no module grpo.nowhere in the current folder or PYTHONPATH"),
