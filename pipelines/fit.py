@@ -4,7 +4,8 @@
    so nothing of Ray Train's own storage is kept.
 2. It waits for CPUs and GPUs that others hold for a share of `run.timeout_s` each time, and ends after as many times as
    workers may die. That it waits it logs below the level that is shown, so the driver says it.
-3. `fit` runs beside the main thread, which keeps its signal handlers: SIGTERM and Ctrl-C reach the loop by the board.
+3. `fit` runs beside the main thread, which keeps its signal handlers: SIGTERM and Ctrl-C reach the loop by the board,
+   and end the waiting at once while no worker has begun.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def fit(
     Raises:
         ValueError: the loop returned an error.
         RuntimeError: workers ended too often, or could not be started.
-        SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written.
+        SystemExit: SIGTERM or Ctrl-C came; a checkpoint is written, of a loop that had begun.
     """
     import ray
     import ray.train
@@ -78,10 +79,16 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    news = follow(_news(board, workers.num_workers), display)
+    news, unbegun = follow(_news(board, workers.num_workers), display), threading.Event()
+
+    def stop() -> None:
+        board.stop.remote()
+        if not ray.get(board.begun.remote(), timeout=10):
+            unbegun.set()
+
     try:
-        with stop_on_signals(lambda: board.stop.remote()), news:
-            result = beside_main_thread(trainer.fit).return_value
+        with stop_on_signals(stop), news:
+            fitted = beside_main_thread(trainer.fit, unless=unbegun)
     except ray.train.TrainingFailedError as error:
         ended = f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}"
         if isinstance(error, ray.train.ControllerError):
@@ -93,6 +100,7 @@ def fit(
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)
+    result = {"stopped": newest_step(job.folder)} if fitted is None else fitted.return_value
     if "error" in result:
         raise ValueError(result["error"])
     if "stopped" in result:
@@ -147,8 +155,12 @@ def reason_of(error: Exception) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def beside_main_thread(call: Callable[[], Any]) -> Any:
-    """Run a blocking call on a thread of its own: the main one keeps its signal handlers, which `fit` would replace."""
+def beside_main_thread(call: Callable[[], Any], unless: threading.Event | None = None) -> Any:
+    """Run a blocking call on a thread of its own: the main one keeps its signal handlers, which `fit` would replace.
+
+    Args:
+        unless: what ends the waiting for it, with None in place of its value.
+    """
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -160,6 +172,8 @@ def beside_main_thread(call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, name="fit", daemon=True)
     thread.start()
     while thread.is_alive():
+        if unless is not None and unless.is_set():
+            return None
         thread.join(timeout=1.0)
     if "error" in outcome:
         raise outcome["error"]

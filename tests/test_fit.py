@@ -1,4 +1,8 @@
 import io
+import os
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,17 +67,47 @@ def test_how_a_loop_ended_is_a_value_an_error_or_an_exit_code(ray_session, tmp_p
     )
 
 
+@pytest.fixture
+def others(ray_session):
+    """Somebody who holds all CPUs."""
+    until = time.monotonic() + 30
+    while not (free := ray.available_resources().get("CPU")) and time.monotonic() < until:
+        time.sleep(0.1)
+    group = placement_group([{"CPU": free}])
+    assert group.wait(30)
+    yield
+    remove_placement_group(group)
+
+
 @pytest.mark.ray
-def test_workers_that_find_no_place_are_said_and_not_waited_for_without_end(ray_session, tmp_path, monkeypatch):
+def test_workers_that_find_no_place_are_said_and_not_waited_for_without_end(others, tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.fit.UNBEGUN_S", 1.0)
     config, shown = Config(run=RunSection(timeout_s=4.0)), io.StringIO()
     job = PretrainJob(config=config, dataset=tmp_path, folder=tmp_path)
-    others = placement_group([{"CPU": ray.available_resources()["CPU"]}])
-    assert others.wait(30)
-    try:
-        with Display(Console(file=shown, width=120)) as display:
-            with pytest.raises(RuntimeError, match="not start 2 workers .run.timeout_s is 4, 0 CPUs .* are free.: "):
-                fit(dict, job, TRACKER, display, workers=ScalingConfig(num_workers=2), unit="step")
-    finally:
-        remove_placement_group(others)
+    with Display(Console(file=shown, width=120)) as display:
+        with pytest.raises(RuntimeError, match="not start 2 workers .run.timeout_s is 4, 0 CPUs .* are free.: "):
+            fit(dict, job, TRACKER, display, workers=ScalingConfig(num_workers=2), unit="step")
     assert shown.getvalue() == "waiting for 2 Ray Train workers to begin: 0 CPUs and 0 GPUs are free\n"
+
+
+def _signal_when_heeded():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send():
+        while signal.getsignal(signal.SIGTERM) == before:
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.ray
+def test_a_signal_ends_the_waiting_for_workers(others, tmp_path):
+    config, shown = Config(run=RunSection(timeout_s=600.0)), io.StringIO()
+    job = PretrainJob(config=config, dataset=tmp_path, folder=tmp_path)
+    _signal_when_heeded()
+    with Display(Console(file=shown, width=120)) as display, pytest.raises(SystemExit) as left:
+        fit(dict, job, TRACKER, display, workers=ScalingConfig(num_workers=2), unit="step")
+    assert left.value.code == 143
+    assert shown.getvalue() == "stopped after step 0; the same command goes on from there\n"
