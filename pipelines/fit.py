@@ -21,15 +21,13 @@ from typing import Any
 
 from grpo.run_checkpoints import newest_step
 from pipelines.pretrain_loop import PretrainJob
-from pipelines.progress import Display, Message, follow, start_board, stop_on_signals
+from pipelines.progress import Display, follow, free_resources, overdue, start_board, stop_on_signals
 from pipelines.rollouts import RoundsJob
 from pipelines.tracking import Tracker
 
 MAX_FAILURES = 3
 """Times that Ray Train starts again after a worker has died."""
 LEFT_BY_SIGNAL = 143
-UNBEGUN_S = 60.0
-"""Seconds without a worker after which the driver says so."""
 
 
 def fit(
@@ -79,22 +77,26 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    news, unbegun = follow(_news(board, workers.num_workers), display), threading.Event()
+    unbegun = threading.Event()
+
+    def begun() -> bool:
+        return ray.get(board.begun.remote(), timeout=10)
 
     def stop() -> None:
         board.stop.remote()
-        if not ray.get(board.begun.remote(), timeout=10):
+        if not begun():
             unbegun.set()
 
+    late = overdue(f"{workers.num_workers} Ray Train workers to begin", begun)
     try:
-        with stop_on_signals(stop), news:
+        with stop_on_signals(stop), follow(lambda: [*ray.get(board.drain.remote(), timeout=10), *late()], display):
             fitted = beside_main_thread(trainer.fit, unless=unbegun)
     except ray.train.TrainingFailedError as error:
         ended = f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}"
         if isinstance(error, ray.train.ControllerError):
             ended = (
                 f"Ray Train could not start {workers.num_workers} workers (run.timeout_s is {timeout_s:g}, "
-                f"{_free()}): {reason_of(error)}"
+                f"{free_resources()}): {reason_of(error)}"
             )
         raise RuntimeError(f"{ended}; the same command goes on after {unit} {newest_step(job.folder)}") from error
     finally:
@@ -113,32 +115,6 @@ def _begin(settings: dict[str, Any]) -> dict[str, Any]:
     """The loop in its worker, which the driver hears of."""
     settings["board"].begin.remote()
     return settings["loop"](settings)
-
-
-def _news(board: Any, num_workers: int) -> Callable[[], list[Message]]:
-    """What the board has since the last call, and one line where no worker has begun in `UNBEGUN_S`."""
-    import ray
-
-    told, since = False, time.monotonic()
-
-    def news() -> list[Message]:
-        nonlocal told
-        messages = ray.get(board.drain.remote(), timeout=10)
-        if not told and time.monotonic() - since > UNBEGUN_S:
-            told = True
-            if not ray.get(board.begun.remote(), timeout=10):
-                messages += [Message(note=f"waiting for {num_workers} Ray Train workers to begin: {_free()}")]
-        return messages
-
-    return news
-
-
-def _free() -> str:
-    """CPUs and GPUs that nobody has booked."""
-    import ray
-
-    free = ray.available_resources()
-    return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
 
 
 def torch_config(timeout_s: float) -> Any:

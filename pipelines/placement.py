@@ -23,6 +23,7 @@ from typing import Any
 from grpo.config import ClusterSection, GrpoSection
 from grpo.config_cluster import KINDS
 from pipelines.launch import private_ray
+from pipelines.progress import free_resources
 
 Resources = dict[str, float]
 EPSILON = 1e-6
@@ -162,7 +163,6 @@ def at_once(nodes: list[Resources], *bundles: Resources) -> tuple[int, int]:
 @contextmanager
 def placed(cluster: ClusterSection, grpo: GrpoSection, *, on_gpu: bool, timeout_s: float) -> Iterator[list[tuple]]:
     """Options of the generator and of the reward actor, pair by pair; the body ends before their places do."""
-    import ray
     from ray.util.placement_group import get_current_placement_group, placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -176,7 +176,7 @@ def placed(cluster: ClusterSection, grpo: GrpoSection, *, on_gpu: bool, timeout_
             remove_placement_group(own)
             raise TimeoutError(
                 f"waited {timeout_s:.0f} s for {grpo.num_workers} places of {bundle} for the rollout actors "
-                f"(cluster.placement is {cluster.placement}); Ray has {ray.available_resources()} left"
+                f"(cluster.placement is {cluster.placement}); {free_resources()}"
             )
 
     def options(pair: int, mine: Resources) -> dict[str, Any]:

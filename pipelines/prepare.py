@@ -29,6 +29,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from rich.console import Console
+
 from grpo.config import Config, DataSection
 from grpo.config_file import config_hash, save_config
 from grpo.data import open_dataset
@@ -37,7 +39,7 @@ from grpo.shards import FORMAT, SPLITS, finish_dataset, partial_folder, write_pi
 from grpo.sources import PART_BYTES, Part, plan_parts, read_part, source_digests
 from grpo.tokenizer import TRAINING_BYTES, Tokenizer, build_tokenizer, tokenizer_path
 from pipelines.launch import launch, start_ray
-from pipelines.progress import Display, summary_table
+from pipelines.progress import Display, follow, overdue, summary_table
 from pipelines.run_folder import run_folder
 
 SAMPLE_PLACES = 16
@@ -57,6 +59,7 @@ def prepare(data: DataSection, cache: str, display: Display | None = None) -> Pa
         ValueError: the source is missing, damaged, empty, too short or without the text column; or the cached
             dataset is damaged.
     """
+    display = display or Display(Console(quiet=True))
     kept = Path(cache).expanduser().absolute()
     sources = source_digests(data.source, kept)
     folder = kept / f"data-{_key(data, sources)}"
@@ -83,10 +86,9 @@ def _key(data: DataSection, sources: list[dict[str, str]]) -> str:
     return config_hash(dataclasses.replace(data, source="", tokenizer=tokenizer), content, FORMAT)
 
 
-def _sample(parts: list[Part], data: DataSection, display: Display | None) -> Iterator[str]:
+def _sample(parts: list[Part], data: DataSection, display: Display) -> Iterator[str]:
     """Documents for BPE training: an equal share of the training bytes from each of several places."""
-    if display:
-        display.note(f"training the tokenizer {data.tokenizer}")
+    display.note(f"training the tokenizer {data.tokenizer}")
     share = TRAINING_BYTES // min(SAMPLE_PLACES, max(1, len(parts)))
     for part in random.Random(0).sample(parts, len(parts)):
         size = 0
@@ -111,7 +113,7 @@ def _pieces(parts: list[Part]) -> list[list[Part]]:
 
 
 def _write_on_ray(
-    pieces: list[list[Part]], data: DataSection, tokenizer: Tokenizer, folder: Path, display: Display | None
+    pieces: list[list[Part]], data: DataSection, tokenizer: Tokenizer, folder: Path, display: Display
 ) -> list[dict[str, Any]]:
     """Write all pieces in Ray Data tasks; returns the shards' entries in the order of the corpus."""
     start_ray()
@@ -131,11 +133,12 @@ def _write_on_ray(
     written: dict[int, list[dict[str, Any]]] = {}
     if pieces:
         tasks = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(write)
-        for row in tasks.iter_rows():
-            if row["error"]:
-                raise ValueError(row["error"])
-            written[row["piece"]] = json.loads(row["shards"])
-            if display:
+        shown = follow(overdue("the first piece of text to be tokenized", lambda: bool(written)), display)
+        with shown:
+            for row in tasks.iter_rows():
+                if row["error"]:
+                    raise ValueError(row["error"])
+                written[row["piece"]] = json.loads(row["shards"])
                 display.phase("tokenizing", len(written), len(pieces))
     return [shard for piece in sorted(written) for shard in written[piece]]
 

@@ -25,6 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+OVERDUE_S = 60.0
+"""Seconds after which what has not begun is said to be waited for."""
 PLAIN_WIDTH = 160  # columns of tables where stdout is not a terminal, and has no width of its own
 
 
@@ -204,6 +206,28 @@ def follow(poll: Callable[[], list[Message]], display: Display, every_s: float =
         done.set()
         thread.join(timeout=30)
         once()
+
+
+def overdue(waiting_for: str, begun: Callable[[], bool]) -> Callable[[], list[Message]]:
+    """A poll for `follow`: one line, with what the cluster has free, where nothing has begun in `OVERDUE_S`."""
+    told, since = False, time.monotonic()
+
+    def news() -> list[Message]:
+        nonlocal told
+        if told or time.monotonic() - since <= OVERDUE_S:
+            return []
+        told = True
+        return [] if begun() else [Message(note=f"waiting for {waiting_for}: {free_resources()}")]
+
+    return news
+
+
+def free_resources() -> str:
+    """CPUs and GPUs of the cluster that nobody has booked."""
+    import ray
+
+    free = ray.available_resources()
+    return f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
 
 
 @contextmanager

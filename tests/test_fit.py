@@ -81,7 +81,7 @@ def others(ray_session):
 
 @pytest.mark.ray
 def test_workers_that_find_no_place_are_said_and_not_waited_for_without_end(others, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.fit.UNBEGUN_S", 1.0)
+    monkeypatch.setattr("pipelines.progress.OVERDUE_S", 1.0)
     config, shown = Config(run=RunSection(timeout_s=4.0)), io.StringIO()
     job = PretrainJob(config=config, dataset=tmp_path, folder=tmp_path)
     with Display(Console(file=shown, width=120)) as display:

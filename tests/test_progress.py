@@ -11,7 +11,7 @@ from rich.console import Console
 
 from grpo.config import Config, TrackingSection
 from pipelines import pretrain_loop, rounds
-from pipelines.progress import Display, Message, ProgressBoard, follow, stop_on_signals, summary_table
+from pipelines.progress import Display, Message, ProgressBoard, follow, overdue, stop_on_signals, summary_table
 from pipelines.ranks import Ranks
 
 
@@ -103,6 +103,16 @@ def test_a_failing_board_is_reported_once_and_asked_again():
         while len(calls) < 5 and time.monotonic() < deadline:
             time.sleep(0.01)
     assert lines(console) == ["progress is not visible for now (TimeoutError); the run goes on", "back 1/1"]
+
+
+def test_what_is_late_is_said_once_and_what_has_begun_is_not(monkeypatch):
+    monkeypatch.setattr("pipelines.progress.free_resources", lambda: "0 CPUs and 0 GPUs are free")
+    monkeypatch.setattr("pipelines.progress.OVERDUE_S", 3600.0)
+    polls = [overdue("workers", lambda begun=begun: begun) for begun in (False, True)]
+    assert [poll() for poll in polls] == [[], []]
+    monkeypatch.setattr("pipelines.progress.OVERDUE_S", -1.0)
+    assert [poll() for poll in polls] == [[Message(note="waiting for workers: 0 CPUs and 0 GPUs are free")], []]
+    assert [poll() for poll in polls] == [[], []]
 
 
 def test_an_error_in_the_body_passes_through_follow():
