@@ -51,7 +51,7 @@ from pipelines.measurements import (
 )
 from pipelines.placement import at_once, node_resources, task_options
 from pipelines.prepare import prepare
-from pipelines.progress import Display, summary_table
+from pipelines.progress import Display, awaited, follow, overdue, summary_table
 from pipelines.run_folder import run_folder
 from pipelines.tracking import Tracker
 
@@ -115,10 +115,11 @@ def measure_grid(
             at = replace(config, denoise=denoise)
             tasks[remote.remote(at, dataset, judge, checkpoint, bound=not index, neighbors=neighbors)] = (name, denoise)
     waiting, done = list(tasks), {}
-    while waiting:
-        display.phase("settings measured", len(done), len(tasks))
-        ready, waiting = ray.wait(waiting)
-        done |= {task: ray.get(task) for task in ready}
+    with follow(overdue("the first setting to be measured", lambda: bool(done)), display):
+        while waiting:
+            display.phase("settings measured", len(done), len(tasks))
+            ready, waiting = ray.wait(waiting)
+            done |= {task: ray.get(task) for task in ready}
     display.phase("settings measured", len(done), len(tasks))
     models = {name: load_model(checkpoint) for name, checkpoint in checkpoints.items()}
     rows = []
@@ -128,7 +129,7 @@ def measure_grid(
         what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
         length = config.data.block_size - config.grpo.prompt_tokens
         rows.append({"model": name, **what, "nfe": length if causal else forwards(policy, denoise.steps), **done[task]})
-    return ray.get(natural), rows
+    return awaited([natural], "natural text to be measured", display)[0], rows
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:

@@ -77,12 +77,13 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    unbegun = threading.Event()
+    asked, unbegun = threading.Event(), threading.Event()
 
     def begun() -> bool:
         return ray.get(board.begun.remote(), timeout=10)
 
     def stop() -> None:
+        asked.set()
         board.stop.remote()
         if not begun():
             unbegun.set()
@@ -102,11 +103,12 @@ def fit(
     finally:
         ray.kill(board)
         shutil.rmtree(scratch, ignore_errors=True)
-    result = {"stopped": newest_step(job.folder)} if fitted is None else fitted.return_value
+    result = {} if fitted is None else fitted.return_value
     if "error" in result:
         raise ValueError(result["error"])
-    if "stopped" in result:
-        display.note(f"stopped after {unit} {result['stopped']}; the same command goes on from there")
+    if "stopped" in result or asked.is_set():  # asked too late, the loop ends by itself
+        after = result.get("stopped", newest_step(job.folder))
+        display.note(f"stopped after {unit} {after}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)
     return result
 

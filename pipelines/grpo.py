@@ -65,7 +65,7 @@ from pipelines.measurements import (
 from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, room_beside, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
-from pipelines.progress import Display
+from pipelines.progress import Display, awaited
 from pipelines.rollouts import RoundsJob
 from pipelines.rounds import worker_loop
 from pipelines.run_folder import alone, check_same, run_folder
@@ -237,14 +237,16 @@ def _train_and_measure(
         "natural": task(measure_natural).remote(*what, neighbors=2),
         "base": task(measure).remote(*what, paths.base, neighbors=2),
     }
-    rows = dict(zip(before, ray.get(list(before.values())), strict=True))
+    rows = dict(zip(before, awaited(list(before.values()), "the base model to be measured", display), strict=True))
     if weak := weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]):
         display.note(weak)
     with start_actors(config, paths, folder) as job:
         history = _fit(job, tracker, display)
     display.note("measuring the trained model, then the base at the same token entropy")
-    rows["final"] = ray.get(task(measure).remote(*what, folder / "final", watched=WATCHED))
-    rows["base_matched"] = ray.get(task(measure).remote(*what, paths.base, rows["final"]["entropy"]))
+    final = task(measure).remote(*what, folder / "final", watched=WATCHED)
+    [rows["final"]] = awaited([final], "the trained model to be measured", display)
+    matched = task(measure).remote(*what, paths.base, rows["final"]["entropy"])
+    [rows["base_matched"]] = awaited([matched], "the base to be measured at that entropy", display)
     return history, {name: rows[name] for name in ("natural", "base", "base_matched", "final")}
 
 

@@ -36,7 +36,7 @@ from grpo.run_checkpoints import find_checkpoint
 from grpo.text_quality import judge_nll, quality_report, temperature_matching_entropy
 from grpo.tokenizer import Tokenizer
 from pipelines.live_view import Recorder, token_pieces
-from pipelines.progress import Display
+from pipelines.progress import Display, follow, overdue
 from pipelines.run_folder import alone
 
 OF_TEXT = ("judge_nll", "entropy", "distinct_4", "self_bleu", "c2st", "ngram_js")
@@ -93,8 +93,11 @@ def follow_judge(progress: Iterable[Any], display: Display) -> None:
     import ray
 
     display.note("waiting for the judge")
-    for told in progress:
-        display.phase("judge", *ray.get(told))
+    told: list[tuple[int, int]] = []
+    with follow(overdue("the judge to begin", lambda: bool(told)), display):
+        for news in progress:
+            told.append(ray.get(news))
+            display.phase("judge", *told[-1])
 
 
 def check_splits(checkpoint: Path, data: DataSection, sources: list[str], key: str) -> None:

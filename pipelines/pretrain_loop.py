@@ -29,9 +29,10 @@ from grpo.checkpoint import load_checkpoint, load_into, save_checkpoint
 from grpo.config import Config
 from grpo.config_file import to_dict
 from grpo.data import VALIDATION_WINDOWS_SEED, Cursor, Dataset, open_dataset, windows
+from grpo.files import write_text
 from grpo.metrics import merge_sums
 from grpo.model import GPT
-from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
+from grpo.run_checkpoints import checkpoint_folder, newest_step, prune_checkpoints
 from pipelines.ranks import Ranks, worker_ranks
 from pipelines.tracking import Tracker
 
@@ -125,7 +126,7 @@ def train(job: PretrainJob, ranks: Ranks, report: Report, log: Log) -> dict[str,
     trainer = make_trainer(config, dataset, ranks)
     cursor = Cursor(dataset, "train", settings.batch_size, block_size, config.run.seed)
     rows = windows(dataset, "validation", settings.eval_rows, block_size, VALIDATION_WINDOWS_SEED)
-    state = _resume(job.folder, trainer)
+    state = _resume(job.folder, trainer, ranks)
     step, read_at, sums, figures = state["step"], state.pop("read_at"), state.pop("sums"), {}
     curve = _continued_curve(job.folder, step) if ranks.rank == 0 else None
     mark = time.monotonic()
@@ -194,15 +195,18 @@ def _continued_curve(folder: Path, step: int) -> Path:
     rows = [row for row in read_curve(folder) if row["step"] <= step]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "curve.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:
-    """Load the newest checkpoint, if there is one; returns the loop's state."""
-    newest = latest_checkpoint(folder / "checkpoints")
-    if newest is None:
+def _resume(folder: Path, trainer: Pretrainer, ranks: Ranks) -> dict[str, Any]:
+    """Load the checkpoint that is the newest to rank 0, if there is one; returns the loop's state."""
+    newest = _agreed(newest_step(folder) if ranks.rank == 0 else 0, ranks)
+    if not newest:
         return {"step": 0, "read_at": 0, "sums": {}, "trained_s": 0.0, "last": {}, "best": {}}
+    newest = checkpoint_folder(folder / "checkpoints", newest)
+    if _agreed(int(not newest.is_dir()), ranks):
+        raise ValueError(f"run.output: not every rank sees {newest}: set run.output to storage that all nodes share")
     checkpoint = load_checkpoint(newest)
     try:
         load_into(trainer.model, checkpoint.tensors)
@@ -214,11 +218,16 @@ def _resume(folder: Path, trainer: Pretrainer) -> dict[str, Any]:
     return state | {"sums": sums}
 
 
+def _agreed(value: int, ranks: Ranks) -> int:
+    """The largest of all ranks' values."""
+    return int(ranks.all_reduce(torch.tensor(value, device=ranks.device), "max"))
+
+
 def _all_stop(stop: bool, ranks: Ranks, meeting: bool) -> bool:
     """Whether to leave now. All ranks must leave after the same step, so they ask each other, but only at meetings."""
     if ranks.world == 1:
         return stop
-    return meeting and bool(ranks.all_reduce(torch.tensor(float(stop), device=ranks.device), "max"))
+    return meeting and bool(_agreed(int(stop), ranks))
 
 
 def _finite(figures: dict[str, float], first: int, last: int) -> dict[str, float]:

@@ -222,6 +222,14 @@ def overdue(waiting_for: str, begun: Callable[[], bool]) -> Callable[[], list[Me
     return news
 
 
+def awaited(tasks: list[Any], waiting_for: str, display: Display) -> list[Any]:
+    """Values of Ray tasks; what is `overdue` is said, for the cluster may be busy with others' work."""
+    import ray
+
+    with follow(overdue(waiting_for, lambda: False), display):
+        return ray.get(tasks)
+
+
 def free_resources() -> str:
     """CPUs and GPUs of the cluster that nobody has booked."""
     import ray

@@ -47,7 +47,7 @@ from pipelines.placement import at_once, check_fits, node_resources, on_gpu, tas
 from pipelines.prepare import prepare
 from pipelines.pretrain import what_decides
 from pipelines.pretrain_loop import read_curve
-from pipelines.progress import Display, follow, start_board, summary_table
+from pipelines.progress import Display, awaited, follow, overdue, start_board, summary_table
 from pipelines.run_folder import alone, check_same, run_folder
 from pipelines.sweep_figures import approaches, parallel_coordinates, responses
 from pipelines.tracking import Tracker, tracking_uri
@@ -147,8 +147,10 @@ def _what_decides(shared: Shared) -> dict[str, Any]:
     sections = to_dict(shared.config)
     kept = {name: values for name, values in sections.items() if name not in SHARED_SECTIONS}
     swept = {"space": sections["sweep"]["space"], "stretches": shared.config.sweep.stretches}
+    measured = {key: sections["evaluation"][key] for key in ("samples", "scorer")}
     run = {"seed": shared.config.run.seed}
-    return {"dataset": shared.dataset.name, "judge": shared.judge.name, "run": run, "sweep": swept, **kept}
+    return {"dataset": shared.dataset.name, "judge": shared.judge.name, "evaluation": measured, "run": run,
+            "sweep": swept, **kept}
 
 
 def _prepare(config: Config, folder: Path, display: Display) -> Shared:
@@ -168,8 +170,8 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
             model = check_base(base, config, dataset)
             trunk, config = (publish_trunk(model, config.grpo),), replace(config, model=model.model)
     judge = judge_folder(config, dataset)
-    task = ray.remote(**task_options(config.cluster))
-    natural = ray.get(task(measure_natural).remote(config, dataset, judge))
+    measured = ray.remote(**task_options(config.cluster))(measure_natural).remote(config, dataset, judge)
+    [natural] = awaited([measured], "natural text to be measured", display)
     gpu = on_gpu(config.cluster, node_resources())
     return Shared(
         config=config,
@@ -238,8 +240,9 @@ def _search(shared: Shared, display: Display) -> None:
             callbacks=[_news(shared, display, num_trials(sweep))],
         ),
     )
+    late = overdue("the first trial to begin", lambda: len(read_trials(shared.folder)) > len(known))
     try:
-        with follow(lambda: ray.get(shared.board.drain.remote(), timeout=10), display):
+        with follow(lambda: [*ray.get(shared.board.drain.remote(), timeout=10), *late()], display):
             beside_main_thread(tuner.fit)
     finally:
         ray.kill(shared.board)

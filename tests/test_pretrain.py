@@ -28,11 +28,11 @@ from grpo.config import (
     SamplerSection,
 )
 from grpo.config_file import load_config, save_config, to_dict
-from grpo.data import make_dataset
+from grpo.data import make_dataset, open_dataset
 from grpo.run_checkpoints import newest_step
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
-from pipelines.pretrain_loop import PretrainJob, read_curve, train
+from pipelines.pretrain_loop import PretrainJob, _resume, make_trainer, read_curve, train
 from pipelines.ranks import Ranks
 
 torch.set_num_threads(1)
@@ -91,6 +91,21 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_undisturbed_run(dataset, tm
         assert untimed(before) + untimed(after) == untimed(logged), stop
         assert {k: v for k, v in result.items() if not k.endswith("_s")} == {
             k: v for k, v in whole.items() if not k.endswith("_s")}
+
+
+def test_a_rank_resumes_where_rank_0_does_or_not_at_all(dataset, tmp_path):
+    run(CONFIG, dataset, tmp_path, stop_at=33)  # checkpoints 30 and 33
+    asked = []
+
+    def beside(rank_0):  # a second rank's reductions, where the first one's newest checkpoint is this
+        answers = iter([rank_0])
+        return lambda tensor, op: asked.append(op) or torch.tensor(max(int(tensor), next(answers, 0)))
+
+    seen = Ranks(rank=1, all_reduce=beside(30))
+    state = _resume(tmp_path, make_trainer(CONFIG, open_dataset(dataset), Ranks()), seen)
+    assert state["step"] == 30 and asked == ["max", "max"]
+    with pytest.raises(ValueError, match="run.output: not every rank sees .*step-00000045: set run.output to storage"):
+        _resume(tmp_path, make_trainer(CONFIG, open_dataset(dataset), Ranks()), Ranks(rank=1, all_reduce=beside(45)))
 
 
 def test_the_curve_on_disk_is_the_undisturbed_run_s(dataset, tmp_path):
