@@ -42,6 +42,7 @@ class Teacher:
     def __init__(self, path: str, tokenizer: Tokenizer, device: str) -> None:
         folder = find_checkpoint(path, "pretrain.teacher")
         checkpoint = load_checkpoint(folder)
+        self.tokenizer = tokenizer
         self.trunk = {name: value for name, value in checkpoint.tensors.items() if name.startswith("trunk.")}
         self.model = load_model(folder, device=device).eval().requires_grad_(False)
         if self.model.mode != "language_model" or self.model.trunk.causal:
@@ -165,7 +166,8 @@ class SequenceScorer(Pretrainer):
 
     def __init__(self, model: GPT, config: Config, teacher: Teacher, **distribution: Any) -> None:
         super().__init__(model, config, **distribution)
-        self.teacher, self.remasking_model = teacher, load_remasking_model(config.denoise, device=self.device)
+        self.teacher = teacher
+        self.remasking_model = load_remasking_model(config.denoise, tokenizer=teacher.tokenizer, device=self.device)
         if config.denoise.sampler and "sampler" not in teacher.model.heads:
             raise ValueError(f"denoise.sampler is true, but pretrain.teacher={config.pretrain.teacher} has no sampler")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from actors.threads import worker_threads
 from benchmarks.tables import print_table, summarise
 from grpo.products import linear
 
@@ -45,7 +45,7 @@ def run(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cases and turns")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with this many seeds")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads")
+    parser.add_argument("--threads", type=int, default=worker_threads(0, 1), help="torch threads")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds, not the wall clock's")
     parser.add_argument("--cache", default="~/.cache/grpo-diffusion", help="folder of prepared data")
     if device:

@@ -7,32 +7,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from grpo.autoregress import generate
-from grpo.checkpoint import load_model
+from grpo.checkpoint import check_tokenizer, load_model
 from grpo.config import DenoiseSection
 from grpo.data import Batch, completion_mask
 from grpo.denoise import StepRecord, denoise
 from grpo.model import GPT
 from grpo.noise import row_seeds
 from grpo.run_checkpoints import find_checkpoint
+from grpo.tokenizer import Tokenizer
 
 EVALUATION_STREAM = 31
 """Noise stream of evaluations (see `grpo.noise.row_seeds`)."""
 
 
-def load_remasking_model(settings: DenoiseSection, *, device: str | torch.device = "cpu") -> GPT | None:
-    """The stand-alone classifier of `denoise.remasking_model`, in eval mode; None where the policy asks for none.
-
-    Raises:
-        ValueError: there is no checkpoint, or it is of something else.
-    """
+def remasking_checkpoint(settings: DenoiseSection) -> Path | None:
+    """Folder of the stand-alone classifier of `denoise.remasking_model`; None where the policy asks for none."""
     if not settings.remasking_model or settings.remasking not in ("auto", "model"):
         return None
-    model = load_model(find_checkpoint(settings.remasking_model, "denoise.remasking_model"), device=device).eval()
+    return find_checkpoint(settings.remasking_model, "denoise.remasking_model")
+
+
+def load_remasking_model(
+    settings: DenoiseSection, *, tokenizer: Tokenizer | None = None, device: str | torch.device = "cpu"
+) -> GPT | None:
+    """The stand-alone classifier of `denoise.remasking_model`, in eval mode; None where the policy asks for none.
+
+    Args:
+        tokenizer: the generator's, which it must share; None where that is known.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of something else, or reads other tokens.
+    """
+    folder = remasking_checkpoint(settings)
+    if folder is None:
+        return None
+    if tokenizer is not None:
+        check_tokenizer(folder, tokenizer, "denoise.remasking_model")
+    model = load_model(folder, device=device).eval()
     if model.mode != "token_classifier":
         raise ValueError(
             f"denoise.remasking_model {settings.remasking_model} is a {model.mode}: give that of a token_classifier"

@@ -38,6 +38,12 @@ def _mappings() -> list[str]:
     return [f"{section}.{key}" for section in sections for key, value in sections[section].items() if value == {}]
 
 
+def _path(key: str) -> list[str]:
+    """The names that a dotted key goes through; below a mapping stands one name, dots and all."""
+    mapping = next((mapping for mapping in _mappings() if key.startswith(f"{mapping}.")), key.partition(".")[0])
+    return [*mapping.split("."), key[len(mapping) + 1 :]]
+
+
 def _one_line(error: Exception, origin: str, likely: str = "") -> str:
     """The error with its key; `likely` where it names none."""
     key = (getattr(error, "full_key", None) or likely).strip()
@@ -69,9 +75,9 @@ def load_config(
         key, equals, _ = override.partition("=")
         if not equals or "." not in key:
             raise ValueError(f"override {override!r} must read section.key=value, for example grpo.group_size=16")
-        below = next((mapping for mapping in _mappings() if key.startswith(f"{mapping}.")), None)
-        if below:
-            override = f"{below}[{key[len(below) + 1:]}]{override[len(key):]}"
+        *mapping, last = _path(key)
+        if len(mapping) > 1:
+            override = f"{'.'.join(mapping)}[{last}]{override[len(key):]}"
         try:
             values = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -145,8 +151,11 @@ def with_values(config: Config, values: dict[str, Any], origin: str) -> Config:
     """
     tree = to_dict(config)
     for key, value in values.items():
-        section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = value
+        *sections, name = _path(key)
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
     return from_dict(tree, origin)
 
 

@@ -98,11 +98,13 @@ def list_files(source: str) -> Files:
         ValueError: there is none, one is compressed, or some are text and others tables.
     """
     literal = "://" not in source and _expanded(source).exists()
-    wildcard = None if literal else re.search(r"[*?\[]", source)
-    base = source if wildcard is None else source[: source.rfind("/", 0, wildcard.start()) + 1]
+    asked = re.search(r"\?[\w.-]+=.*", source, re.DOTALL) if "://" in source else None  # ?region=..., and no glob
+    query, named = (asked.group(), source[: asked.start()]) if asked else ("", source)
+    wildcard = None if literal else re.search(r"[*?\[]", named)
+    base = named if wildcard is None else named[: named.rfind("/", 0, wildcard.start()) + 1]
     try:
         if "://" in source:
-            filesystem, path = pa.fs.FileSystem.from_uri(base)
+            filesystem, path = pa.fs.FileSystem.from_uri(base + query)
         else:
             filesystem, path = pa.fs.LocalFileSystem(), str(_expanded(base or ".").resolve())
         info = filesystem.get_file_info(path)
@@ -112,7 +114,7 @@ def list_files(source: str) -> Files:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"data.source: cannot open {source} ({_first_line(error)}): check the path or URI") from error
     try:
-        pattern = re.compile(".*" if wildcard is None else _glob_regex(source[len(base):]), re.DOTALL)
+        pattern = re.compile(".*" if wildcard is None else _glob_regex(named[len(base):]), re.DOTALL)
     except re.error as error:
         raise ValueError(f"data.source: {source} is no glob ({error}): mend what stands in brackets") from error
     chosen = []

@@ -30,7 +30,7 @@ class TextGenerator(nn.Module):
         self.settings, self.block_size = config.denoise, config.data.block_size
         self.min_neighbors_ratio = config.sampler.min_neighbors_ratio
         self.mask_bias = saved_bias(found.state, config.mask_bias)
-        self.remasking_model = load_remasking_model(config.denoise)
+        self.remasking_model = load_remasking_model(config.denoise, tokenizer=self.tokenizer)
 
     def forward(self, prompt: str, *, num: int = 1, length: int = 0, seed: int = 0) -> list[str]:
         """Texts that begin with the prompt.

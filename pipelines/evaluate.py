@@ -88,12 +88,12 @@ def asked_columns(row: dict[str, Any]) -> dict[str, str]:
 
 
 def quality_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print rows of measurements."""
+    """Print rows of measurements, the classifier's accuracy with its 95 % interval."""
     asked = asked_columns(next(iter(rows.values())))
     columns = ["temperature", *SHOWN, *asked, "tokens_per_s"]
     summary_table(
         title,
-        [[name, *(row.get(column) for column in columns)] for name, row in rows.items()],
+        [[name, *(_cell(row, column) for column in columns)] for name, row in rows.items()],
         ["text", "temperature", *SHOWN.values(), *asked.values(), "tokens/s"],
     )
 
@@ -153,7 +153,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         judge = judge_folder(config, dataset)
         natural, rows = measure_grid(config, dataset, judge, checkpoints, display)
         save_config(config, folder / "config.yaml")
-        bounds = {row["model"]: row["nelbo_bpb"] for row in rows if "nelbo_bpb" in row}
+        bounded = [row for row in rows if "nelbo_bpb" in row]
+        bounds = {row["model"]: row["nelbo_bpb"] for row in bounded}
         if weak := weak_judge(natural["judge_bpb"], min(bounds.values())):
             display.note(weak)
         summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "judge": judge.name,
@@ -165,13 +166,24 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         figures = (*SHOWN, *asked_columns(natural), "tokens_per_s")
         for step, row in enumerate(rows):
             tracker.log({f"{row['model']}/{key}": row[key] for key in figures}, step)
-        columns = ["model", *SWEPT, "nfe", *figures]
+        for row in bounded:
+            tracker.log({f"{row['model']}/{key}": row[key] for key in ("nelbo_bpb", "nelbo_nats", "nelbo_se")}, 0)
+        columns = ["model", *SWEPT, "nfe", *figures, "c2st_ci95"]
         tracker.table("settings", [[step, *(row[key] for key in columns)] for step, row in enumerate(rows)],
                       ["step", *columns])
-    title = "  ".join([str(checkpoints["model"]), *(f"{key} {bits:.3f} bits/byte" for key, bits in bounds.items())])
-    quality_table(title, {"natural": natural} | {_label(row): row for row in rows})
+    quality_table(str(checkpoints["model"]), {"natural": natural} | {_label(row): row for row in rows})
+    for row in bounded:
+        print(f"bound    {row['model']}: {row['nelbo_bpb']:.3f} bits per byte, {row['nelbo_nats']:.3f} +- "
+              f"{1.96 * row['nelbo_se']:.3f} nats per token")
     print(f"figure   {folder / 'figures' / 'frontier.png'}\nsummary  {folder / 'summary.json'}")
     return summary
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
+    if column != "c2st":
+        return row.get(column)
+    low, high = row["c2st_ci95"]
+    return f"{row['c2st']:.3f} +- {(high - low) / 2:.3f}"
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
 from grpo.actions import credits_positions
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model
-from grpo.completion import load_remasking_model
+from grpo.completion import load_remasking_model, remasking_checkpoint
 from grpo.config import Config, GrpoSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import open_dataset
@@ -161,14 +161,16 @@ def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
     sections = to_dict(config)
     names = ("model", "corruption", "loss", "mask_bias", "critic", "sampler", "denoise", "grpo", "reward")
     kept = {name: {key: value for key, value in sections[name].items() if key not in BOOKKEEPING} for name in names}
-    base = config_hash((paths.base / "manifest.json").read_text(encoding="utf-8"))
-    return {"dataset": paths.dataset.name, "base": base, "run": {"seed": config.run.seed}, **kept}
+    remasker = remasking_checkpoint(config.denoise)
+    used = {"base": paths.base} | ({"remasking_model": remasker} if remasker else {})
+    weights = {name: config_hash((path / "manifest.json").read_text(encoding="utf-8")) for name, path in used.items()}
+    return {"dataset": paths.dataset.name, "run": {"seed": config.run.seed}, **weights, **kept}
 
 
 def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     """Data, base model and judge, each made once and cached; the config with the base model's own shape."""
 
-    classifier = load_remasking_model(config.denoise)
+    load_remasking_model(config.denoise)  # a wrong one is said before anything starts
     if config.denoise.remasking != "auto":
         credits_positions(config.grpo.policy_positions, config.denoise.remasking, config.denoise.randomness)
     start_ray()
@@ -178,7 +180,9 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     display.note(f"data: {config.data.source}; {device}")
     dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)
-    load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
+    tokenizer = open_dataset(dataset).tokenizer
+    load_scorer(config.evaluation.scorer, tokenizer)
+    classifier = load_remasking_model(config.denoise, tokenizer=tokenizer)
     with judge_beside(config, dataset, display):
         base = base_of(config, display)
         shape = check_base(base, config, dataset)

@@ -159,7 +159,9 @@ class Setting:
             check_tokenizer(checkpoint, self.data.tokenizer, "checkpoint")
             self.model = load_model(checkpoint, device=self.device).eval()
             self.mask_bias = saved_bias(load_checkpoint(checkpoint).state, config.mask_bias)
-            self.remasking_model = load_remasking_model(config.denoise, device=self.device)
+            self.remasking_model = load_remasking_model(
+                config.denoise, tokenizer=self.data.tokenizer, device=self.device
+            )
 
     def texts(
         self, temperature: float, num: int | None = None, on_step: Callable[[StepRecord], object] | None = None
@@ -225,7 +227,7 @@ def measure_natural(config: Config, dataset: Path, judge: Path, *, neighbors: in
     setting = Setting(config, dataset, judge, None, neighbors=neighbors)
     places = torch.stack([setting.other_places, setting.places])
     report = setting.report(setting.natural.tokens, setting.other, places)
-    return report | {"judge_bpb": _bits_per_byte(setting, setting.judge)}
+    return report | {"judge_bpb": _bound(setting, setting.judge)["nelbo_bpb"]}
 
 
 def weak_judge(judge_bpb: float, bound: float) -> str:
@@ -281,7 +283,7 @@ def measure(
         row["entropy_error"] = row["entropy"] - match_entropy
     if watched:
         row["denoising"] = _watch(setting, temperature, watched)
-    return row | {"nelbo_bpb": _bits_per_byte(setting, setting.model)} if bound else row
+    return row | _bound(setting, setting.model) if bound else row
 
 
 def is_matched(row: dict[str, Any]) -> bool:
@@ -324,10 +326,14 @@ def _watch(setting: Setting, temperature: float, num: int) -> list[dict[str, Any
     ]
 
 
-def _bits_per_byte(setting: Setting, model: GPT) -> float:
-    """NELBO of a model (causal: its exact likelihood) on validation text."""
+def _bound(setting: Setting, model: GPT) -> dict[str, float]:
+    """NELBO of a model (causal: its exact likelihood) on validation text: bits per byte, nats per token, error."""
     config = setting.config
     num = min(config.pretrain.eval_rows, config.evaluation.samples)
     rows = windows(setting.data, "validation", num, config.data.block_size, VALIDATION_WINDOWS_SEED)
     figures = validation_bound(model, rows.to(setting.device), setting.data.bytes_per_token("validation"))
-    return figures["val_bpb"]
+    return {
+        "nelbo_bpb": figures["val_bpb"],
+        "nelbo_nats": figures["val_nelbo_nats"],
+        "nelbo_se": figures["val_nelbo_se"],
+    }

@@ -40,16 +40,14 @@ KEEP = 2
 """Checkpoints kept."""
 REPORT_S = 0.3
 """Seconds between two messages to the board."""
-SETTLE_S = 10.0
-"""Seconds that a checkpoint waits, at most, for the tracking store to hold what came before it."""
 SHOWN = ("loss_unmask", "loss_next", "loss_wrong", "loss_scorer", "loss_critic", "p_mask_unmask", "val_nelbo_nats",
          "val_loss", "tokens_per_s")
 """Figures of the live line, where a run has them."""
 
 Report = Callable[[int, dict[str, float]], bool]
 """report(steps done, newest figures) -> whether to stop."""
-Log = Callable[[dict[str, float], int, bool], None]
-"""log(figures, step, settle): if `settle`, they are stored before it returns; a checkpoint of this step follows."""
+Log = Callable[[dict[str, float], int], None]
+"""log(figures, step)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +65,11 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     ranks = worker_ranks(job.config.run.threads)
     try:
         if ranks.rank > 0:
-            return train(job, ranks, lambda done, figures: False, lambda figures, step, settle: None)
-        start = newest_step(job.folder)
+            return train(job, ranks, lambda done, figures: False, lambda figures, step: None)
         board = settings["board"]
         with Tracker(settings["tracking"], job.folder, job.folder.name, run_id=settings["mlflow_run"], writer="rank0",
-                     start_step=start + 1, warn=lambda text: board.note.remote(text)) as tracker:
-
-            def log(figures: dict[str, float], step: int, settle: bool) -> None:
-                tracker.log(figures, step)
-                if settle:
-                    tracker.flush(SETTLE_S)
-
-            return train(job, ranks, _reporter(board, job.config.pretrain.steps), log)
+                     warn=lambda text: board.note.remote(text)) as tracker:
+            return train(job, ranks, _reporter(board, job.config.pretrain.steps), tracker.log)
     except ValueError as error:  # what a user wrote: no restart would help, and Ray Train would wrap it in a traceback
         return {"error": str(error)}
 
@@ -128,7 +119,12 @@ def train(job: PretrainJob, ranks: Ranks, report: Report, log: Log) -> dict[str,
     rows = windows(dataset, "validation", settings.eval_rows, block_size, VALIDATION_WINDOWS_SEED)
     state = _resume(job.folder, trainer, ranks)
     step, read_at, sums, figures = state["step"], state.pop("read_at"), state.pop("sums"), {}
-    curve = _continued_curve(job.folder, step) if ranks.rank == 0 else None
+    curve = None
+    if ranks.rank == 0:
+        log({f"parameters/{part}": count for part, count in trainer.model.parameter_counts().items()}, 0)
+        curve = _continued_curve(job.folder, step)
+        for row in read_curve(job.folder):  # a killed process may have taken figures along; none is stored twice
+            log({name: value for name, value in row.items() if name != "step"}, row["step"])
     mark = time.monotonic()
 
     def save(folder: Path, **more: Any) -> None:
@@ -167,7 +163,7 @@ def train(job: PretrainJob, ranks: Ranks, report: Report, log: Log) -> dict[str,
             if _better(candidate, state["best"], trainer.selects):
                 state["best"] = candidate
                 save(job.folder / "best")
-        log(figures, step, saves)
+        log(figures, step)
         if curve is not None:
             with curve.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")

@@ -69,11 +69,18 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
             return train(job, ranks, tracker.log, report, board.note.remote, share)
     except (RewardFunctionError, FloatingPointError) as error:
         reason = getattr(error, "cause", error)  # an actor's error carries its traceback in its text
-        reason = f"{reason}; the same command goes on after round {newest_step(job.folder)}"
+        reason = f"{reason}; {_remedy(error, newest_step(job.folder))}"
         fetch(board.fail.remote(reason), "the progress board", timeout_s)
         if ranks.world == 1:
             return {"error": reason}
         raise  # the other ranks wait for this one; Ray Train starts all of them again, and they find the reason
+
+
+def _remedy(error: Exception, kept: int) -> str:
+    """What helps after an error that ended the rounds, whose newest checkpoint is of round `kept`."""
+    if isinstance(error, FloatingPointError):  # the same round would end the same way
+        return f"lower grpo.learning_rate and choose another run.name; the checkpoint of round {kept} is kept"
+    return f"the same command goes on after round {kept}"
 
 
 def train(
@@ -140,8 +147,10 @@ def train(
             )
             prune_checkpoints(job.folder / "checkpoints", grpo.keep, done)
 
+    clock = Clock(time.monotonic())
     while done < total and not stop:
-        round, clock = done, Clock()
+        clock.lap("checkpoint")
+        round = done
         now = flight or source.start(round, published)
         features = learner.discriminator.natural_features(now.natural)
         clock.lap("features")
@@ -171,7 +180,7 @@ def train(
         clock.lap("reward")
         published = publish(newest_heads(learner, round + 1), ranks, share)
         clock.lap("publish")
-        done = round + 1
+        done, laps, clock = round + 1, clock, Clock(clock.last)
         written = [torch.stack([r.tokens, r.completion_mask])[:, :, grpo.prompt_tokens :] for r in rollouts]
         written = _on_rank_0(torch.cat(written, 1), ranks)
         if ranks.rank == 0:
@@ -182,9 +191,9 @@ def train(
             metrics |= {
                 "staleness": float(version - rollouts[0].policy_version),
                 "policy_version": rollouts[0].policy_version,
-                "tokens_per_s": int(real.sum()) / clock.total(),
-                "time/learner_idle": idle / clock.total(),
-                **clock.seconds,
+                "tokens_per_s": int(real.sum()) / laps.total(),
+                "time/learner_idle": idle / laps.total(),
+                **laps.seconds,
             }
             history.append({"step": done, **metrics})
             log(metrics, done)
@@ -207,10 +216,10 @@ def train(
 
 
 class Clock:
-    """Seconds by phase of one round."""
+    """Seconds by phase of one round, and of the checkpoint and the figures of the round before it."""
 
-    def __init__(self) -> None:
-        self.started = self.last = time.monotonic()
+    def __init__(self, since: float) -> None:
+        self.started = self.last = since
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:

@@ -102,7 +102,7 @@ def write(
         return texts, None
     masked = prompt.new_full((args.num, length), tokenizer.vocabulary.mask_id)
     masked[:, : len(prompt)] = prompt
-    remasking_model = load_remasking_model(settings, device=device)
+    remasking_model = load_remasking_model(settings, tokenizer=tokenizer, device=device)
     policy = resolve_policy(settings.remasking, model, remasking_model)
     recorder = Recorder(tokenizer, settings.steps) if args.live or args.html else None
     with shown(recorder, console, args.delay) if args.live else contextlib.nullcontext(recorder) as on_step:
@@ -132,7 +132,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--html shows denoising steps, which a causal checkpoint does not have")
     if args.html:
         check_file(Path(args.html), "--html")
-    run = run_folder(config.run, f"sample-{config_hash(config, str(folder), args.prompt)}", caches=False)
+    asked = config_hash(config, str(folder), args.prompt, args.num, args.length)
+    run = run_folder(config.run, f"sample-{asked}", caches=False)
     console = Console()
     prompt = prompt_tokens(args.prompt, tokenizer, args.length or config.data.block_size).to(device)
     start = time.perf_counter()

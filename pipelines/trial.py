@@ -31,7 +31,6 @@ from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.files import write_json
 from grpo.metrics import overshoot, settle_index
-from grpo.run_checkpoints import newest_step
 from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, check_base, start_actors
 from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
@@ -183,13 +182,9 @@ class Trial:
             return {}
         folder = self.folder / "base"
 
-        def log(figures: dict[str, float], step: int, settle: bool) -> None:
+        def log(figures: dict[str, float], step: int) -> None:
             self.tracker.log({f"pretrain/{name}": value for name, value in figures.items()}, step)
 
-        newest = newest_step(folder)
-        for row in read_curve(folder):  # as for the rounds: what the store has is not stored twice
-            if row["step"] <= newest:
-                log({name: value for name, value in row.items() if name != "step"}, row["step"], False)
         job = pretrain_loop.PretrainJob(config=self.config, dataset=self.shared.dataset, folder=folder)
         figures = pretrain_loop.train(job, self.ranks, lambda step, figures: False, log)
         figures |= settling(read_curve(folder), self.config.mask_bias.target, self.config.pretrain.steps)
@@ -208,7 +203,7 @@ class Trial:
             trunk = self.shared.trunk[0] if self.shared.trunk and same else None
             actors = start_actors(self.config, paths, self.folder, trunk, neighbors=self.shared.neighbors)
             self.job = self.open.enter_context(actors)
-            self.logged = 0
+            self.logged = -1
 
         def log(figures: dict[str, float], round: int) -> None:
             if round > self.logged:

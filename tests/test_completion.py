@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from grpo.completion import complete
+from grpo.checkpoint import save_checkpoint
+from grpo.completion import complete, load_remasking_model
 from grpo.config import DenoiseSection, ModelSection
 from grpo.data import Batch
 from grpo.model import GPT
-from grpo.tokenizer import Vocabulary
+from grpo.tokenizer import Vocabulary, build_tokenizer
 
 PROMPT = 4
 
@@ -29,6 +32,18 @@ def test_prompts_and_pads_stay_and_completions_are_text(attention):
     assert torch.equal(texts[~prompts.attention_mask], prompts.tokens[~prompts.attention_mask])
     assert (texts[prompts.attention_mask] < 20).all()
     assert not torch.equal(texts, prompts.tokens)
+
+
+def test_a_remasking_model_reads_the_generators_tokens(tmp_path):
+    for name in ("bytes", "bpe:260"):
+        tokenizer = build_tokenizer(name, ["some text and some more text " * 9])
+        section = ModelSection(n_layer=1, n_head=2, n_embd=16)
+        model = GPT(section, tokenizer.vocabulary, mode="token_classifier", block_size=12)
+        save_checkpoint(tmp_path / name, model, config={}, tokenizer=tokenizer)
+    settings, own = DenoiseSection(remasking="model", remasking_model=str(tmp_path / "bytes")), build_tokenizer("bytes")
+    assert load_remasking_model(settings, tokenizer=own).mode == "token_classifier"
+    with pytest.raises(ValueError, match="denoise.remasking_model .*bpe:260 reads other tokens than the data"):
+        load_remasking_model(replace(settings, remasking_model=str(tmp_path / "bpe:260")), tokenizer=own)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])

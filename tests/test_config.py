@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import Config, GrpoSection
-from grpo.config_file import config_hash, from_dict, load_config, save_config, to_dict
+from grpo.config_file import config_hash, from_dict, load_config, save_config, to_dict, with_values
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -123,6 +123,14 @@ def test_saved_config_reads_back_equal(tmp_path):
     assert config.run.name == "1e-4"
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config == from_dict(to_dict(config))
+
+
+def test_a_value_below_a_mapping_is_set_by_its_dotted_key():
+    config = load_config(None, ['grpo.rewards={"mine:f": 0.5}'])
+    swept = with_values(config, {"grpo.rewards.a.mine:f": 2.0, "critic.alpha": 0.25}, "sweep.space")
+    assert (swept.grpo.rewards, swept.critic.alpha) == ({"mine:f": 0.5, "a.mine:f": 2.0}, 0.25)
+    with pytest.raises(ValueError, match="grpo.rewards must be keyed by module:function, got 'mine'"):
+        with_values(config, {"grpo.rewards.mine": 1.0}, "sweep.space")
 
 
 def test_hash_covers_the_named_sections_only():

@@ -38,7 +38,7 @@ def ends_with(outcome, folder, monkeypatch):
         settings["board"].note.remote("begun")
         if isinstance(outcome, Exception):
             raise outcome
-        return outcome
+        return outcome() if callable(outcome) else outcome
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
     shown = io.StringIO()
@@ -52,6 +52,12 @@ def ends_with(outcome, folder, monkeypatch):
     return result, shown.getvalue()
 
 
+def signalled_at_the_end():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    return {"history": []}
+
+
 @pytest.mark.ray
 def test_how_a_loop_ended_is_a_value_an_error_or_an_exit_code(ray_session, tmp_path, monkeypatch):
     assert ends_with({"history": []}, tmp_path, monkeypatch)[0] == {"history": []}
@@ -60,6 +66,9 @@ def test_how_a_loop_ended_is_a_value_an_error_or_an_exit_code(ray_session, tmp_p
     error, shown = ends_with({"stopped": 3}, tmp_path, monkeypatch)
     assert isinstance(error, SystemExit) and error.code == 143
     assert shown.endswith("stopped after round 3; the same command goes on from there\n")
+    error, shown = ends_with(signalled_at_the_end, tmp_path, monkeypatch)
+    assert isinstance(error, SystemExit) and error.code == 143
+    assert shown.endswith("stopped after round 0; the same command goes on from there\n")
     error, _ = ends_with(WorkerGroupError("...", {0: RuntimeError(TRACE)}), tmp_path, monkeypatch)
     assert isinstance(error, RuntimeError) and str(error) == (
         "a worker ended 4 times, the last time by TimeoutError: waited 3 s for scores of round 2; the same command "

@@ -25,7 +25,7 @@ from pipelines.grpo import Paths, start_actors
 from pipelines.progress import start_board
 from pipelines.ranks import Ranks
 from pipelines.rollouts import publish, shared_by
-from pipelines.rounds import train
+from pipelines.rounds import _remedy, train
 
 pytestmark = pytest.mark.ray
 ROUNDS, WARMUP, STOP = 7, 2, 5
@@ -148,6 +148,11 @@ def test_a_users_reward_can_do_without_an_adversary(paths, tmp_path):
     assert all(row["reward"] == pytest.approx(row[VOWELS]) for row in history)
     undisturbed, same = run(configure(adversary=0.0), paths, tmp_path / "again")
     assert undisturbed == history and all(torch.equal(tensors[name], same[name]) for name in same)
+
+
+def test_what_helps_after_an_error():
+    assert _remedy(RewardFunctionError("f raised"), 3) == "the same command goes on after round 3"
+    assert _remedy(FloatingPointError("not finite"), 3).startswith("lower grpo.learning_rate and choose another")
 
 
 def test_a_reward_function_that_fails_ends_the_run_with_its_name(paths, tmp_path):

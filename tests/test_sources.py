@@ -304,3 +304,21 @@ def test_lines_that_are_not_json_objects_are_numbered(tmp_path):
     one_line_error(path, r"a\.jsonl, line 2 is not JSON")
     path.write_text('["x"]')
     one_line_error(path, r"a\.jsonl, line 1 holds a JSON list")
+
+
+@pytest.mark.parametrize("source, named", [
+    ("s3://bucket/corpus/a.txt?region=eu-west-1", "s3://bucket/corpus/a.txt?region=eu-west-1"),
+    ("s3://bucket/corpus/?.txt?region=eu-west-1&scheme=http", "s3://bucket/corpus/?region=eu-west-1&scheme=http"),
+])
+def test_the_query_of_a_uri_goes_to_its_file_system_and_is_no_glob(tmp_path, monkeypatch, source, named):
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    asked = []
+
+    class FileSystem:
+        @staticmethod
+        def from_uri(uri):
+            asked.append(uri)
+            return pa.fs.LocalFileSystem(), str(tmp_path / "a.txt" if "a.txt" in uri else tmp_path)
+
+    monkeypatch.setattr("grpo.sources.pa.fs.FileSystem", FileSystem)
+    assert list(read_documents(source)) == ["one", "two"] and asked == [named]

@@ -204,6 +204,8 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
         sweep=sweep,
     )
     main(shared, None)
+    with pytest.raises(ValueError, match="a run with evaluation.samples=40, not 41: choose another run.name"):
+        main(replace(shared, evaluation=replace(config.evaluation, samples=41)), None)
     (trial,) = read_trials(folder.parent / "shared")
     assert trial["status"] == "finished" and len(trial["reports"]) == 2
     assert not (folder.parent / "shared" / "trials" / trial["trial"] / "base").exists()
