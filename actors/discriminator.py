@@ -4,7 +4,9 @@
 2. Every sample has a global index k in 0..B-1; a rank owns a contiguous range of them. Natural rows share the index
    space. The reward phase draws the same (round, k) pairs on every rank and each rank trains on those it owns, so the
    number of ranks changes nothing but the order of summation.
-3. The head is judged before it is trained: its accuracy on a round's new texts is a held-out figure.
+3. The head is judged before it is trained: its accuracy on a round's new texts is a held-out figure. The natural half
+   comes from the training split, so after a pass over it (`grpo.prompts` x `group_size` rows a round) these are texts
+   that the head has seen, some rounds ago; the generated half is always new.
 4. An average of the head may score (`reward.ema`); by default, and in the warm-up, it is the head itself.
 """
 

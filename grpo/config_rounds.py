@@ -108,7 +108,8 @@ class GrpoSection:
     residual: int = 256
     """Width of the zero-initialised residual MLP in front of the generator's untied lm head; 0: none."""
     anchor: float = 0.1
-    """Weight of the diffusion loss on natural text in the generator phase."""
+    """Weight of pretraining's whole loss (diffusion, sampler, critic) on natural text in the generator phase. At 0
+    critic and mask bias stay as they are, and the sampler learns from rewards alone."""
     adversary: float = 1.0
     """Weight of the discriminator's reward. 0: there is none, so no reward phase and no warm-up; with it usually go
     `anchor: 0`, `entropy_floor: 0` and `ema: 0` (nothing orbits, and an average would lag)."""

@@ -66,5 +66,24 @@ def prune_checkpoints(root: str | Path, keep: int, step: int) -> None:
             shutil.rmtree(folder)
 
 
+def mend_interrupted(folder: str | Path) -> None:
+    """Clear away what a killed save of `best` or `final` left behind, in a folder that nobody else writes to.
+
+    A save puts the old one aside before the new one takes its name; where the kill came between, the newest whole one
+    of the two takes it.
+    """
+    for name in ("best", "final"):
+        left = sorted(Path(folder).glob(f".{name}.*"), key=lambda path: path.stat().st_mtime_ns)
+        while left and not (Path(folder) / name).exists():
+            newest = left.pop()
+            try:
+                verify_checkpoint(newest)
+                newest.rename(Path(folder) / name)
+            except ValueError:
+                shutil.rmtree(newest)
+        for path in left:
+            shutil.rmtree(path)
+
+
 def _checkpoints(root: str | Path) -> list[Path]:
     return sorted(folder for folder in Path(root).glob("step-*") if folder.is_dir())

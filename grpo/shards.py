@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -39,14 +40,23 @@ CHUNK_BLOCKS, CHUNK_BYTES = 8, 4096
 TOKENIZER_KEY = b"tokenizer"
 
 
+STALE_S = 24 * 3600.0
+"""Seconds without a new file after which a temporary folder is a killed process's; living ones write many a minute."""
+
+
 class partial_folder:
-    """Context of a temporary folder beside `folder`, which takes its name on success and goes on failure."""
+    """Context of a temporary folder beside `folder`, which takes its name on success and goes on failure; those of
+    processes that were killed a day ago go too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def __enter__(self) -> Path:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.parent.glob(f".{self.folder.name}-*"):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
         self.partial = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
         self.partial.chmod(0o755)
         return self.partial

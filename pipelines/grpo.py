@@ -284,7 +284,8 @@ def start_actors(
     """
     import ray
 
-    grpo, device = config.grpo, "cuda" if on_gpu(config.cluster, node_resources()) else "cpu"
+    grpo, nodes = config.grpo, node_resources()
+    device = "cuda" if on_gpu(config.cluster, nodes) else "cpu"
     base = load_model(paths.base)
     blueprint = Blueprint(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
@@ -295,7 +296,8 @@ def start_actors(
     trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    common = {"neighbors": grpo.rollout_actors * neighbors, "device": device}
+    machines = min(len(nodes), grpo.rollout_actors) if config.cluster.placement == "SPREAD" else 1
+    common = {"neighbors": -(-grpo.rollout_actors // machines) * neighbors, "device": device}
     rolling = {"config": config, "remasking": remasking}
     tokenizer = open_dataset(paths.dataset).tokenizer
     scored = {"threads": config.run.threads, "functions": tuple(grpo.rewards), "tokenizer": tokenizer}

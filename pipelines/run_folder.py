@@ -18,7 +18,7 @@ from typing import Any
 
 from grpo.config import RunSection
 from grpo.files import write_json
-from grpo.run_checkpoints import newest_step
+from grpo.run_checkpoints import mend_interrupted, newest_step
 from pipelines.metric_names import flatten
 
 
@@ -68,7 +68,9 @@ def _try_to_write(folder: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; a second process waits, and then finds the finished model."""
+    """Hold the folder's lock; a second process waits, and then finds the finished model. What an earlier one left
+    half-written is mended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -76,6 +78,7 @@ def alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another process that works in {folder}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        mend_interrupted(folder)
         yield
 
 

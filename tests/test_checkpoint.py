@@ -15,7 +15,13 @@ from grpo.config import Config, DataSection, GrpoSection, ModelSection, RewardSe
 from grpo.config_file import to_dict
 from grpo.gpt2 import load_gpt2
 from grpo.model import GPT, text_logits
-from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
+from grpo.run_checkpoints import (
+    checkpoint_folder,
+    latest_checkpoint,
+    mend_interrupted,
+    newest_step,
+    prune_checkpoints,
+)
 from grpo.text_generator import TextGenerator
 from grpo.tokenizer import Vocabulary, build_tokenizer
 
@@ -132,6 +138,23 @@ def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
     save_checkpoint(tmp_path / "one", second, config={})
     assert same_tensors(load_model(tmp_path / "one").state_dict(), second.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_save_that_was_killed_between_two_names_is_mended(tmp_path, whole):
+    first, second = make(0), make(1)
+    save_checkpoint(tmp_path / "best", first, config={})
+    save_checkpoint(tmp_path / "new", second, config={})
+    (tmp_path / "best").rename(tmp_path / ".best.0123456789ab")
+    (tmp_path / "new").rename(tmp_path / ".best.ba9876543210")
+    if not whole:
+        (tmp_path / ".best.ba9876543210" / "manifest.json").unlink()
+    save_checkpoint(tmp_path / "final", first, config={})
+    (tmp_path / ".final.0123456789ab").mkdir()
+    mend_interrupted(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "final"]
+    assert same_tensors(load_model(tmp_path / "best").state_dict(), (second if whole else first).state_dict())
+    assert same_tensors(load_model(tmp_path / "final").state_dict(), first.state_dict())
 
 
 def test_interrupted_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):

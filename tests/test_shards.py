@@ -1,5 +1,6 @@
 import json
 import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +119,12 @@ def test_a_folder_takes_its_name_only_when_it_is_whole(tmp_path):
         with partial_folder(tmp_path / "d") as fast:
             (fast / "file").write_text("fast")
     assert os.listdir(tmp_path) == ["d"] and (tmp_path / "d" / "file").read_text() == "fast"
+    for name, days in ((".d-killed", 2), (".d-living", 0), (".e-killed", 2)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, time.time() - days * 86_400))
+    with partial_folder(tmp_path / "d"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".d-living", ".e-killed", "d"]
 
 
 def corrupt_truncated(folder, shard):
