@@ -237,20 +237,20 @@ def _train_and_measure(
 
     what, task = (config, paths.dataset, paths.judge), ray.remote(**task_options(config.cluster))
     display.note("measuring the base model")
-    before = {
-        "natural": task(measure_natural).remote(*what, neighbors=2),
-        "base": task(measure).remote(*what, paths.base, neighbors=2),
-    }
-    rows = dict(zip(before, awaited(list(before.values()), "the base model to be measured", display), strict=True))
+    rows = {}  # one after the other, so that each has the machine alone: tokens per second are compared
+
+    def measured(name: str, reference: Any) -> None:
+        [rows[name]] = awaited([reference], f"text to be measured ({name})", display)
+
+    measured("natural", task(measure_natural).remote(*what))
+    measured("base", task(measure).remote(*what, paths.base))
     if weak := weak_judge(rows["natural"]["judge_bpb"], rows["base"]["nelbo_bpb"]):
         display.note(weak)
     with start_actors(config, paths, folder) as job:
         history = _fit(job, tracker, display)
     display.note("measuring the trained model, then the base at the same token entropy")
-    final = task(measure).remote(*what, folder / "final", watched=WATCHED)
-    [rows["final"]] = awaited([final], "the trained model to be measured", display)
-    matched = task(measure).remote(*what, paths.base, rows["final"]["entropy"])
-    [rows["base_matched"]] = awaited([matched], "the base to be measured at that entropy", display)
+    measured("final", task(measure).remote(*what, folder / "final", watched=WATCHED))
+    measured("base_matched", task(measure).remote(*what, paths.base, rows["final"]["entropy"]))
     return history, {name: rows[name] for name in ("natural", "base", "base_matched", "final")}
 
 
@@ -296,8 +296,8 @@ def start_actors(
     trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    machines = min(len(nodes), grpo.rollout_actors) if config.cluster.placement == "SPREAD" else 1
-    common = {"neighbors": -(-grpo.rollout_actors // machines) * neighbors, "device": device}
+    hosts = sum(node.get("CPU", 0) > 0 for node in nodes) if config.cluster.placement == "SPREAD" else 1
+    common = {"neighbors": -(-grpo.rollout_actors // max(1, hosts)) * neighbors, "device": device}
     rolling = {"config": config, "remasking": remasking}
     tokenizer = open_dataset(paths.dataset).tokenizer
     scored = {"threads": config.run.threads, "functions": tuple(grpo.rewards), "tokenizer": tokenizer}

@@ -33,9 +33,10 @@ def test_a_grid_with_the_sampler_needs_its_head():
 
 
 def test_the_table_has_a_column_for_each_of_the_users_rewards(capsys):
-    figures = dict.fromkeys(SHOWN, 0.5)
+    figures = dict.fromkeys(SHOWN, 0.5) | {"c2st_ci95": (0.4, 0.62)}
     quality_table("here", {"final": figures | {"rewards/a.score": 0.123, "rewards/b.other": 0.789}})
     heads = capsys.readouterr().out
+    assert "0.500 +- 0.110" in heads
     assert " score" in heads and " other" in heads and "0.123" in heads and "0.789" in heads
     assert reward_columns({"rewards/a.f": 1, "rewards/b.f": 2, "rewards/b.g": 3}) == {
         "rewards/a.f": "rewards/a.f", "rewards/b.f": "rewards/b.f", "rewards/b.g": "g"}
@@ -74,7 +75,9 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     for step, row in enumerate(table["data"]):
         told = dict(zip(table["columns"], row, strict=True))
         assert told["step"] == step and told.items() <= (summary["rows"][step] | {"step": step}).items()
-        assert {"model", *SWEPT, "nfe", *SHOWN, vowels} <= told.keys()
+        assert {"model", *SWEPT, "nfe", *SHOWN, "c2st_ci95", vowels} <= told.keys()
+    (bound,) = MlflowClient(earlier.uri).get_metric_history(run_id, "base/nelbo_nats")
+    assert bound.value == pytest.approx(rows["base", 0.02, 1]["nelbo_nats"]) and rows["base", 0.02, 1]["nelbo_se"] > 0
     assert rows["model", 0.02, 2]["entropy"] < rows["model", 1.0, 2]["entropy"]
     assert load_config(tmp_path / "runs" / "here" / "config.yaml") == config
     assert (tmp_path / "runs" / "here" / "figures" / "frontier.png").stat().st_size > 10_000
