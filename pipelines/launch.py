@@ -39,6 +39,9 @@ QUIET = {
 NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:0"}
 """For a Ray without a dashboard: Ray Train asks it whether its controller lives, and at the end of a fit waits 12 s for
 that answer. An address where nobody can listen is an answer."""
+TOKEN = Path("~/.ray/auth_token")
+"""Ray writes it with its first private cluster. A cluster that is started where there is one asks for it, and one that
+asks for none takes it; but Ray's client sends it only where the environment says so."""
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ("grpo.base", "pretrain.teacher", "denoise.remasking_model", "evaluation.scorer")
 """Keys that hold the path of a checkpoint."""
@@ -47,9 +50,11 @@ CONNECT_S = 5.0
 
 
 def quiet() -> None:
-    """Silence other libraries' noise; call before importing ray."""
+    """Silence other libraries' noise, and let Ray show its token; call before importing ray."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not private_ray() and TOKEN.expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

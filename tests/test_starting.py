@@ -21,7 +21,7 @@ from grpo.config_file import to_dict
 from grpo.model import GPT
 from grpo.tokenizer import build_tokenizer
 from pipelines.__main__ import pipelines
-from pipelines.launch import NO_DASHBOARD, launch, start_ray
+from pipelines.launch import NO_DASHBOARD, launch, quiet, start_ray
 from pipelines.prepare import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,6 +204,21 @@ def test_a_cluster_that_answers_is_joined(joined, monkeypatch):
             monkeypatch.setenv("RAY_ADDRESS", address)
             start_ray()
     assert joined == [("local", False), ("local", False), ("auto", True), ("auto", True)]
+
+
+@pytest.mark.parametrize("address, token, mode, wanted", [
+    ("head:6379", True, None, "token"), ("head:6379", True, "disabled", "disabled"), ("head:6379", False, None, None),
+    ("local", True, None, None),
+])
+def test_a_cluster_that_asks_for_the_token_gets_it(address, token, mode, wanted, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.environ", {"HOME": str(tmp_path), "RAY_ADDRESS": address})
+    if mode:
+        os.environ["RAY_AUTH_MODE"] = mode
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("0123")
+    quiet()
+    assert os.environ.get("RAY_AUTH_MODE") == wanted
 
 
 def test_where_no_dashboard_is_its_lack_is_an_answer(monkeypatch):
