@@ -35,7 +35,8 @@ class RunSection:
     cache: str = "~/.cache/grpo-diffusion"
     """Folder of prepared data, base models and judges, each named by the hash of what made it."""
     timeout_s: float = 900.0
-    """Seconds after which a wait for actors, other ranks, or free CPUs and GPUs becomes an error that says for what."""
+    """Seconds after which a wait for actors, other ranks, or free CPUs and GPUs becomes an error that says for what.
+    Rank 0 of a pretraining validates alone: with several ranks a validation must take less."""
     threads: int = 0
     """Torch threads per worker process; 0: the cores of its machine, within its container's limit, divided by the
     workers."""
