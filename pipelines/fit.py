@@ -16,6 +16,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -85,8 +86,9 @@ def fit(
     def stop() -> None:
         asked.set()
         board.stop.remote()
-        if not begun():
-            unbegun.set()
+        with suppress(ray.exceptions.RayError):  # at the end of a fit the board is gone
+            if not begun():
+                unbegun.set()
 
     late = overdue(f"{workers.num_workers} Ray Train workers to begin", begun)
     try:
