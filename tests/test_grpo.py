@@ -186,8 +186,8 @@ def test_a_result_is_the_base_of_more_rounds_with_its_own_residual_only(config, 
 
 
 def test_the_closing_lines_speak_of_the_users_reward_before_the_likelihood(config, capsys):
-    figures = {"judge_nll": 4.0, "entropy": 2.5, "temperature": 2.0, "samples": [["a", "b"]],
-               "rewards/mine.score": 0.25}
+    figures = {"judge_nll": 4.0, "entropy": 2.5, "temperature": 2.0, "c2st": 0.5, "c2st_ci95": (0.4, 0.6),
+               "samples": [["a", "b"]], "rewards/mine.score": 0.25}
     rows = {row: dict(figures) for row in ROWS}
     rows["final"]["rewards/mine.score"] = 0.75
     _show(config, Path("runs/here"), rows, {"session_s": 1.0, "judge_nll_gain": 0.125})
