@@ -240,7 +240,7 @@ def _search(shared: Shared, display: Display) -> None:
             callbacks=[_news(shared, display, num_trials(sweep))],
         ),
     )
-    late = overdue("the first trial to begin", lambda: len(read_trials(shared.folder)) > len(known))
+    late = overdue("the first trial to begin", lambda: bool(read_trials(shared.folder)))
     try:
         with follow(lambda: [*ray.get(shared.board.drain.remote(), timeout=10), *late()], display):
             beside_main_thread(tuner.fit)
