@@ -14,10 +14,13 @@ re-masking and by the sampler's wavefront. The wavefront is the base's best, so 
 3. `dominates`: at every NFE and temperature that all seeds compare, the gains in C2ST accuracy and in n-gram distance
    are above zero by more than their 95 % intervals over seeds. `trained_8_vs_base_64`: the gains of the trained model
    at temperature 1 and 8 forwards over the base at 64; it names the numbers, where `--forwards` leaves these out.
-4. Every model and every measurement is kept in the cache, so a run that was stopped goes on, and one with more seeds,
+4. `averages`: each seed's gains averaged over the plane, over its temperatures by NFE, and over NFE by temperature,
+   then means and intervals over seeds. A C2ST varies from drawing to drawing of the texts; an average shows what single
+   points leave within their noise.
+5. Every model and every measurement is kept in the cache, so a run that was stopped goes on, and one with more seeds,
    temperatures or forwards adds to what is there. Runs that begin at other seeds (`--first`) may share a cache.
 
-The last line is a JSON object: `rows` (gains by NFE and temperature), `dominates`, `trained_8_vs_base_64`,
+The last line is a JSON object: `rows` (gains by NFE and temperature), `averages`, `dominates`, `trained_8_vs_base_64`,
 `curve` (the plane).
 """
 
@@ -153,6 +156,17 @@ def above_zero(values: list[float]) -> bool:
     return half is not None and sum(values) / len(values) > half
 
 
+def averages(runs: dict[Point, list[dict]]) -> dict[str, list[dict]]:
+    """Each seed's figures, averaged over the points of one NFE, of one temperature, and over all of them."""
+    lines = {f"NFE {forwards}": [point for point in runs if point[0] == forwards] for forwards, _ in runs}
+    lines |= {f"T {heat}": [point for point in runs if point[1] == heat] for _, heat in runs}
+    return {
+        line: [{name: statistics.fmean(run[name] for run in seed) for name in seed[0]}
+               for seed in zip(*(runs[point] for point in points), strict=True)]
+        for line, points in (lines | {"plane": list(runs)}).items()
+    }  # fmt: skip
+
+
 def draw(plane: list[dict]) -> Figure:
     """C2ST accuracy and n-gram distance over token entropy, a column per NFE: means over seeds with 95 % intervals."""
     columns = sorted({row["forwards"] for row in plane})
@@ -197,9 +211,11 @@ def main() -> None:
     seeds = [seed_rows(args, args.first + number) for number in range(args.seeds)]
     points = {point: [found[point] for found, _, _ in seeds] for point in seeds[0][0]}
     runs = {point: of_seeds for point, of_seeds in points.items() if all(of_seeds)}
+    means = averages(runs) if runs else {}
     if runs:
         named = {f"NFE {forwards}, T {heat}": of_seeds for (forwards, heat), of_seeds in runs.items()}
         print_table("trained model against base at equal entropy", named)
+        print_table("averages", means)
     against = [against for _, against, _ in seeds]
     if all(against):
         print_table(f"trained at {args.few} forwards against base at {args.many}", {"gains": against})
@@ -213,7 +229,8 @@ def main() -> None:
         draw(plane).savefig(args.figure, dpi=110)
     compared = {"trained_nfe": args.few, "base_nfe": args.many, "temperature": args.warm}
     print(json.dumps({
-        "rows": rows, "dominates": bool(rows) and all(row["dominates"] for row in rows),
+        "rows": rows, "averages": {line: summarise(of_seeds) for line, of_seeds in means.items()},
+        "dominates": bool(rows) and all(row["dominates"] for row in rows),
         "left_out": [point for point in points if point not in runs],
         "trained_8_vs_base_64": compared | summarise(against) if all(against) else None,
         "seeds": args.seeds, "quick": args.quick, "curve": plane,

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.frontier import above_zero, draw, gains, recipe
+from benchmarks.frontier import above_zero, averages, draw, gains, recipe
 from benchmarks.models import Curve, remembered
 from benchmarks.stability import judged
 from grpo.config import Config, RewardSection, RunSection
@@ -90,6 +90,14 @@ def test_a_gain_counts_when_its_interval_leaves_out_zero():
     assert above_zero([0.2, 0.21, 0.19, 0.2, 0.2])
     assert not above_zero([0.2, -0.1, 0.3, 0.1, -0.05])
     assert not above_zero([-0.2, -0.2, -0.2]) and not above_zero([0.5])
+
+
+def test_gains_are_averaged_within_each_seed_by_forwards_by_temperature_and_over_the_plane():
+    runs = {(4, 0.5): [{"gain": 1.0}, {"gain": 2.0}], (4, 1.0): [{"gain": 3.0}, {"gain": 6.0}],
+            (8, 1.0): [{"gain": 8.0}, {"gain": 1.0}]}  # fmt: skip
+    assert {line: [run["gain"] for run in of_seeds] for line, of_seeds in averages(runs).items()} == {
+        "NFE 4": [2.0, 4.0], "NFE 8": [8.0, 1.0], "T 0.5": [1.0, 2.0], "T 1.0": [5.5, 3.5], "plane": [4.0, 3.0],
+    }  # fmt: skip
 
 
 def test_a_seed_survives_by_its_worst_measurement():
