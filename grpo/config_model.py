@@ -257,7 +257,7 @@ class CriticSection:
     scope: str = "masked_only"
     """Positions that the critic is trained on: `masked_only`, P(wrong) of a token that was sampled, or `all` non-pad
     ones, where kept words and uniform replacements blur it (AUROC on own errors 0.82 against 0.86, ECE 0.60 and 0.05:
-    benchmarks/critic_quality.py)."""
+    docs/findings.md, Critic)."""
 
     def __post_init__(self) -> None:
         check(self.alpha >= 0, "critic.alpha", "0 or more", self.alpha)

@@ -27,7 +27,8 @@ class DenoiseSection:
     """Nucleus mass of proposals (arXiv:1904.09751). Below 1 a rollout records the nucleus of each credited token,
     [M, V] bool: a byte per entry of the text vocabulary, 50 kB per token with GPT-2's."""
     remasking: str = "random"
-    """`model`, `critic`, `self`, `confidence`, `random`, or `auto`: the first of these that the model has."""
+    """`model`, `critic`, `self`, `confidence`, `random`, or `auto`: `model` if `remasking_model` names one, else
+    `critic` if the generator has one, else `self`."""
     remasking_model: str = ""
     """Checkpoint of a token_classifier for `remasking: model`."""
     randomness: float = 1.0
@@ -134,7 +135,7 @@ class GrpoSection:
     importance_cap: float = 2.0
     """Largest importance weight of an action whose rollout was made by older weights."""
     max_staleness: int = 0
-    """1: the next round is rolled out while a round trains, so rollouts are one update old; 0: they never are."""
+    """1: the next round is rolled out while a round trains, so rollouts are one round old; 0: they never are."""
     num_workers: int = 1
     """Ray Train workers (DDP ranks)."""
     rollout_actors: int = 2

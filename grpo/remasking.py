@@ -1,6 +1,6 @@
 """Which tokens go back to [MASK]: policies that estimate log P(wrong), and a Plackett-Luce choice among them.
 
-The first of model > critic > self > confidence > random that is available decides, unless one is named.
+`auto` takes the first of model > critic > self that is available; each policy can be named.
 
 1. Every policy answers on one scale, the log-probability that a token is wrong, so that `randomness` means the same
    for all: weights are P(wrong)^((1 - r) / r), r = 0 being the plain top k and r = 1 a uniform draw.

@@ -134,7 +134,10 @@ def launch(
         arguments: adds the pipeline's own.
     """
     quiet()
-    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=description.strip().splitlines()[0],
+        epilog="--print-config shows all keys with their values; grpo/config_*.py say what they mean.",
+    )
     starts = "the checkpoint's own config" if base else f"{default}, which comes with the project"
     parser.add_argument("--config", default=None, help=f"YAML file (default: {starts})")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
