@@ -45,8 +45,10 @@ def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: 
         return centred
     others = tuple(range(1, rewards.dim()))
     count = rewards[0].numel() if mask is None else mask.sum(others, keepdim=True).clamp(min=1)
+    tiny = torch.finfo(rewards.dtype).tiny
+    centred = centred / centred.abs().amax(others, keepdim=True).clamp(min=tiny)  # squares neither vanish nor overflow
     std = (centred.square().sum(others, keepdim=True) / count).sqrt()
-    return torch.where(std > 0, centred / std.clamp(min=torch.finfo(std.dtype).tiny), 0.0)
+    return torch.where(std > 0, centred / std.clamp(min=tiny), 0.0)
 
 
 def equal_groups(rewards: Tensor) -> Tensor:

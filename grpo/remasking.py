@@ -185,34 +185,33 @@ def choose(
     return torch.zeros_like(eligible).scatter(1, order, taken), torch.where(taken, order, -1)
 
 
-def draws_left(eligible: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut choices of positions into their draws.
+def draw_turns(eligible: Tensor, order: Tensor) -> Tensor:
+    """At which draw of its choice each position was taken, counted from 0: a position is left to a draw if its turn is
+    not before it.
 
     Args:
         eligible: [R, T] bool.
         order: [R, T] int64 positions in the order drawn, -1 after the last (of `choose`).
 
     Returns:
-        For each of D draws, choice by choice and in order: [D] its choice, [D] the position drawn, [D, T] bool the
-        positions that could have been.
+        [R, T] int32; T where an eligible position was never taken, -1 where it could not be.
     """
     columns = eligible.shape[1]
-    drawn = order >= 0
+    never = F.pad(torch.where(eligible, columns, -1), (0, 1))
     column = torch.arange(columns, device=order.device).expand_as(order)
-    turn = F.pad(torch.full_like(order, columns), (0, 1)).scatter(1, torch.where(drawn, order, columns), column)
-    choice, draw = drawn.nonzero(as_tuple=True)
-    return choice, order[choice, draw], eligible[choice] & (turn[choice, :columns] >= draw[:, None])
+    return never.scatter(1, torch.where(order >= 0, order, columns), column)[:, :columns].int()
 
 
-def draw_log_probs(log_weights: Tensor, choice: Tensor, left: Tensor) -> Tensor:
+def draw_log_probs(log_weights: Tensor, turns: Tensor, choice: Tensor, draw: Tensor) -> Tensor:
     """Plackett-Luce: each draw falls on one of the positions left, in proportion to its weight.
 
     Args:
         log_weights: [R, T] float64, of `plackett_luce_weights`; differentiable.
-        choice: [D] int64; left: [D, T] bool; both of `draws_left`.
+        turns: [R, T] int32, of `draw_turns`.
+        choice: [D] int64, 0..R-1; draw: [D] int64, which of the choice's draws each is.
 
     Returns:
         [D, T] normalised log-probabilities of positions; -inf where it is not left. The draws of a choice sum to the
         log-probability of the choice in the order drawn.
     """
-    return log_weights[choice].masked_fill(~left, float("-inf")).log_softmax(-1)
+    return log_weights[choice].masked_fill(turns[choice] < draw[:, None], float("-inf")).log_softmax(-1)

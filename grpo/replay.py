@@ -40,7 +40,7 @@ REPLAY_STREAM = 23
 """Noise stream of the steps that are drawn (see `grpo.noise.row_seeds`)."""
 CACHED = -1
 """The step of a part that is not replayed."""
-DRAW_FIELDS = ("choice", "left", "actions")
+DRAW_FIELDS = ("choice", "draw", "actions")
 """Fields of `Choices` with one entry per draw that its probability needs."""
 JUDGED_FIELDS = ("hidden", "tokens", "neighbors", "by_lm")
 """Fields of `Choices` with one entry per judged position."""
@@ -115,16 +115,16 @@ def _part(rollout: Rollout, samples: slice, step: int) -> Part:
 
 def _some_choices(choices: Choices, draws: Tensor, samples: slice, step: int, num_rows: int) -> Choices:
     """The choices of some samples, at one step or at all; choice s x B + b is row b's at step s."""
-    keep = torch.zeros(len(choices.eligible) // num_rows, num_rows, dtype=torch.bool, device=draws.device)
+    keep = torch.zeros(len(choices.turns) // num_rows, num_rows, dtype=torch.bool, device=draws.device)
     keep[slice(None) if step == CACHED else step, samples] = True
     keep = keep.flatten()
     judged = keep[choices.eligible.nonzero()[:, 0]]
     return replace(
         choices,
-        eligible=choices.eligible[keep],
+        turns=choices.turns[keep],
         choice=(keep.cumsum(0) - 1)[choices.choice[draws]],
         rows=choices.rows[draws] - samples.start,
-        **{name: getattr(choices, name)[draws] for name in ("left", "actions", "steps", "logprobs")},
+        **{name: getattr(choices, name)[draws] for name in ("draw", "actions", "steps", "logprobs")},
         **{name: _pick(getattr(choices, name), judged) for name in JUDGED_FIELDS},
         inputs=None if choices.inputs is None else choices.inputs[step : step + 1, samples],
     )
@@ -192,9 +192,9 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
 
     def draws(piece: slice) -> tuple[Tensor, Tensor]:
         choices = _slice(mine.choices, piece, DRAW_FIELDS)
-        own = draw_log_probs(weights, choices.choice, choices.left)
+        own = draw_log_probs(weights, choices.turns, choices.choice, choices.draw)
         with torch.no_grad():
-            other = draw_log_probs(others, choices.choice, choices.left)
+            other = draw_log_probs(others, choices.turns, choices.choice, choices.draw)
         return taken(own, choices), exact_kl(own, other)
 
     values = _by_slices(draws, slices(len(mine.choices.actions), weights.shape[1], table))
@@ -213,7 +213,8 @@ def part_logprobs(policy: GPT, part: Part, *, table: int = TABLE) -> Tensor:
     if choices is not None:
         weights = _weights(policy, mine.choices, table)
         draws = (_slice(choices, piece, DRAW_FIELDS) for piece in slices(len(choices.actions), weights.shape[1], table))
-        logprobs += [taken(draw_log_probs(weights, d.choice, d.left), d).to(logprobs[0].dtype) for d in draws]
+        tables = ((draw_log_probs(weights, d.turns, d.choice, d.draw), d) for d in draws)
+        logprobs += [taken(drawn, d).to(logprobs[0].dtype) for drawn, d in tables]
     return torch.cat(logprobs)
 
 

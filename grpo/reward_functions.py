@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -79,12 +79,14 @@ def reward_figure(name: str) -> str:
 def _score(name: str, function: RewardFunction, texts: Sequence[str]) -> Tensor:
     try:
         values = function(list(texts))
+        if isinstance(values, Iterator):
+            values = list(values)  # a generator computes here
     except Exception as error:
         raised = f"{type(error).__name__}: {_line(error)}"
         raise RewardFunctionError(f"reward function {name} raised {raised} ({_where(function, error)})") from error
     try:
         scores = torch.tensor([float(value) for value in values], dtype=torch.float32)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         kind = type(values).__name__
         raise RewardFunctionError(f"reward function {name} must return a list of floats, got {kind}") from None
     if len(scores) != len(texts):

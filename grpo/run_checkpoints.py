@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def latest_checkpoint(root: str | Path) -> Path | None:
 def newest_step(folder: str | Path) -> int:
     """Step, or round, of the newest whole checkpoint of a run; 0 without one."""
     newest = latest_checkpoint(Path(folder) / "checkpoints")
-    return 0 if newest is None else int(newest.name.rpartition("-")[2])
+    return 0 if newest is None else int(newest.name.removeprefix("step-"))
 
 
 def find_checkpoint(path: str | Path, key: str) -> Path:
@@ -86,4 +87,6 @@ def mend_interrupted(folder: str | Path) -> None:
 
 
 def _checkpoints(root: str | Path) -> list[Path]:
-    return sorted(folder for folder in Path(root).glob("step-*") if folder.is_dir())
+    """The run's own, by step; a user's copy under another name is not one of them."""
+    steps = (path for path in Path(root).glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+    return sorted(path for path in steps if path.is_dir())

@@ -28,7 +28,7 @@ from grpo.metrics import weighted_sum
 from grpo.model import GPT
 from grpo.remasking import (
     draw_log_probs,
-    draws_left,
+    draw_turns,
     log_wrong_from_confidence,
     log_wrong_from_states,
     plackett_luce_weights,
@@ -53,12 +53,12 @@ class Choices:
     """Bias on the [MASK] logit, nats, when the choice was made."""
     hidden: Tensor | None
     """[E, C] trunk states that were judged, in row-major order of `eligible`; None where they are to be replayed."""
-    eligible: Tensor
-    """[R, T] bool."""
+    turns: Tensor
+    """[R, T] int32, at which draw each position was taken (`grpo.remasking.draw_turns`)."""
     choice: Tensor
     """[D] int64, choice of each draw, in 0..R-1."""
-    left: Tensor
-    """[D, T] bool, positions that the draw could have fallen on."""
+    draw: Tensor
+    """[D] int64, which of its choice's draws each is."""
     actions: Tensor
     """[D] int64, position drawn."""
     rows: Tensor
@@ -75,6 +75,11 @@ class Choices:
     """[E] bool, as in `Rollout`; `confidence` alone."""
     inputs: Tensor | None = None
     """[S - 1, B, T] int64, the filled texts that `self` and `critic` judged; None with cached states."""
+
+    @property
+    def eligible(self) -> Tensor:
+        """[R, T] bool, positions that were judged."""
+        return self.turns >= 0
 
     @property
     def positions(self) -> Tensor:
@@ -184,6 +189,7 @@ def roll_out(
     completion = completion_mask(visible, prompt_tokens)
     mask = None if bool(attention_mask.all()) else visible
     records: list[StepRecord] = []
+    forgotten = ({"hidden": None} if replay else {}) | ({"judged": None} if replay or not positions else {})
     inputs = waves = None
     if model.trunk.causal:
         record = generate(
@@ -215,7 +221,7 @@ def roll_out(
             min_neighbors_ratio=min_neighbors_ratio,
             mask_bias=mask_bias,
             remasking_model=remasking_model,
-            on_step=lambda record: records.append(replace(record, hidden=None, judged=None) if replay else record),
+            on_step=lambda record: records.append(replace(record, **forgotten)),
         )
         inputs = torch.stack([record.inputs for record in records]) if replay else None
         waves = torch.stack([record.waves for record in records]) if settings.sampler else None
@@ -264,11 +270,14 @@ def _choices(
 ) -> Choices:
     """The re-mask choices of these steps, choice s x B + b being row b's at the s-th of them."""
     eligible = torch.cat([record.eligible for record in records])
-    choice, actions, left = draws_left(eligible, torch.cat([record.remask_order for record in records]))
+    order = torch.cat([record.remask_order for record in records])
+    turns = draw_turns(eligible, order)
+    choice, draw = (order >= 0).nonzero(as_tuple=True)
+    actions = order[choice, draw]
     log_weights = plackett_luce_weights(torch.cat([record.scores for record in records]), randomness)
     logprobs = torch.cat(
         [
-            draw_log_probs(log_weights, choice[piece], left[piece]).gather(-1, actions[piece, None])[:, 0]
+            draw_log_probs(log_weights, turns, choice[piece], draw[piece]).gather(-1, actions[piece, None])[:, 0]
             for piece in slices(len(choice), eligible.shape[1], TABLE)
         ]
     )
@@ -292,9 +301,9 @@ def _choices(
         policy=policy,
         randomness=randomness,
         mask_bias=mask_bias,
-        eligible=eligible,
+        turns=turns,
         choice=choice,
-        left=left,
+        draw=draw,
         actions=actions,
         rows=choice % num_rows,
         steps=steps[choice // num_rows],
@@ -342,7 +351,7 @@ def judged_wrong(model: GPT, choices: Choices) -> Tensor:
 
 def choice_weights(choices: Choices, log_wrong: Tensor) -> Tensor:
     """[R, T] float64 Plackett-Luce weights, logarithmic, from `judged_wrong`."""
-    table = torch.zeros(choices.eligible.shape, dtype=torch.float64, device=log_wrong.device)
+    table = torch.zeros(choices.turns.shape, dtype=torch.float64, device=log_wrong.device)
     return plackett_luce_weights(table.masked_scatter(choices.eligible, log_wrong), choices.randomness)
 
 
@@ -353,7 +362,7 @@ def choice_log_probs(model: GPT, choices: Choices) -> Tensor:
         [D, T] float64, normalised; -inf where the draw could not fall.
     """
     weights = choice_weights(choices, judged_wrong(model, choices))
-    return draw_log_probs(weights, choices.choice, choices.left)
+    return draw_log_probs(weights, choices.turns, choices.choice, choices.draw)
 
 
 def taken(table: Tensor, kind: Rollout | Choices) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -212,6 +213,18 @@ def test_pruning_keeps_the_newest(tmp_path):
         save_checkpoint(checkpoint_folder(tmp_path, step), make(), config={})
     prune_checkpoints(tmp_path, 2, 300)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000040", "step-00000300"]
+
+
+def test_a_user_s_copy_of_a_checkpoint_stays_and_is_not_gone_on_from(tmp_path):
+    root = tmp_path / "checkpoints"
+    for step in (5, 6):
+        save_checkpoint(checkpoint_folder(root, step), make(), config={})
+    copies = [root / "step-00000006-before-the-change", root / "step-old"]
+    for copy in copies:
+        shutil.copytree(checkpoint_folder(root, 6), copy)
+    assert newest_step(tmp_path) == 6
+    prune_checkpoints(root, 1, 6)
+    assert all(copy.is_dir() for copy in copies) and not checkpoint_folder(root, 5).exists()
 
 
 def test_pruning_never_keeps_a_damaged_checkpoint_for_one_that_followed(tmp_path):

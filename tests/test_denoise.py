@@ -12,7 +12,7 @@ from grpo.remasking import (
     FRESH_ONLY,
     POLICIES,
     draw_log_probs,
-    draws_left,
+    draw_turns,
     log_mask_probability,
     plackett_luce_weights,
 )
@@ -25,8 +25,9 @@ BASE, MASK = 20, 20
 
 def plackett_luce_logprob(log_weights, eligible, order):
     """Log-probability [B] of whole choices: the sum of their draws."""
-    choice, position, left = draws_left(eligible, order)
-    drawn = draw_log_probs(log_weights, choice, left).gather(1, position[:, None])[:, 0]
+    choice, draw = (order >= 0).nonzero(as_tuple=True)
+    table = draw_log_probs(log_weights, draw_turns(eligible, order), choice, draw)
+    drawn = table.gather(1, order[choice, draw][:, None])[:, 0]
     return torch.zeros(len(order), dtype=torch.float64).index_add(0, choice, drawn)
 
 

@@ -26,6 +26,12 @@ def test_advantages_by_hand_in_groups_of_one_prompt():
     torch.testing.assert_close(group_advantages(rewards), centred / std)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_divided_advantages_are_the_same_on_any_scale(scale):
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 5.0]])
+    torch.testing.assert_close(group_advantages(rewards * scale), group_advantages(rewards))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_advantages_sum_to_zero_within_a_group(normalize):
     for shape in ((5, 8), (5, 8, 7)):

@@ -13,7 +13,7 @@ from grpo.remasking import (
     Filled,
     choose,
     draw_log_probs,
-    draws_left,
+    draw_turns,
     forwards,
     log_wrong_from_states,
     plackett_luce_weights,
@@ -28,8 +28,9 @@ BASE = 20
 
 def plackett_luce_logprob(log_weights, eligible, order):
     """Log-probability [B] of whole choices: the sum of their draws."""
-    choice, position, left = draws_left(eligible, order)
-    drawn = draw_log_probs(log_weights, choice, left).gather(1, position[:, None])[:, 0]
+    choice, draw = (order >= 0).nonzero(as_tuple=True)
+    table = draw_log_probs(log_weights, draw_turns(eligible, order), choice, draw)
+    drawn = table.gather(1, order[choice, draw][:, None])[:, 0]
     return torch.zeros(len(order), dtype=torch.float64).index_add(0, choice, drawn)
 
 
@@ -137,6 +138,12 @@ def test_a_choice_does_not_depend_on_batch_mates():
     )[1]
     together = call(slice(None))
     assert all(torch.equal(call(slice(i, i + 1))[0], together[i]) for i in range(8))
+
+
+def test_turns_by_hand():
+    eligible = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    order = torch.tensor([[3, 0, -1, -1], [-1, -1, -1, -1]])
+    assert draw_turns(eligible, order).tolist() == [[1, 4, -1, 0], [4, 4, 4, 4]]
 
 
 def test_plackett_luce_equals_enumeration():

@@ -96,7 +96,7 @@ def test_small_tables_change_no_gradient(kind, monkeypatch):
     monkeypatch.setattr(grpo.replay, "judged_wrong",
                         lambda model, choices: judged.append(len(choices.hidden)) or judged_wrong(model, choices))
     monkeypatch.setattr(grpo.replay, "draw_log_probs",
-                        lambda weights, choice, left: drawn.append(len(left)) or draw_log_probs(weights, choice, left))
+                        lambda *given: drawn.append(len(given[-1])) or draw_log_probs(*given))
     sliced = action_values(model, reference, part, table=100)
     assert max(judged) == 100 // 20 and max(drawn) == 100 // 16
     for a, b in zip(whole, sliced, strict=True):

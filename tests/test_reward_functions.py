@@ -53,6 +53,7 @@ def test_a_wrong_name_is_one_line_with_key_value_and_remedy(tmp_path, monkeypatc
     (lambda texts: None, "m:f must return a list of floats, got NoneType"),
     (lambda texts: ["high"] * 3, "m:f must return a list of floats, got list"),
     (lambda texts: texts.clear(), "m:f must return a list of floats, got NoneType"),
+    (lambda texts: [10**400] * 3, "m:f must return a list of floats, got list"),
 ])
 def test_a_function_that_fails_is_named_and_the_error_travels(function, message):
     texts = list(TEXTS)
@@ -62,14 +63,15 @@ def test_a_function_that_fails_is_named_and_the_error_travels(function, message)
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
-def test_a_function_that_raises_is_named_with_its_own_line(tmp_path, monkeypatch):
-    (tmp_path / "raising.py").write_text("import json\ndef score(texts):\n    return json.loads('x')\n")
+@pytest.mark.parametrize("how", ["return", "yield"])
+def test_a_function_that_raises_is_named_with_its_own_line(how, tmp_path, monkeypatch):
+    (tmp_path / f"{how}ing.py").write_text(f"import json\ndef score(texts):\n    {how} json.loads('x')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RewardFunctionError) as error:
-        score_texts(resolve_rewards(["raising:score"]), TEXTS)
+        score_texts(resolve_rewards([f"{how}ing:score"]), TEXTS)
     assert str(error.value) == (
-        "reward function raising:score raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
-        f"({tmp_path / 'raising.py'}:3)"
+        f"reward function {how}ing:score raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) "
+        f"({tmp_path / f'{how}ing.py'}:3)"
     )
 
 

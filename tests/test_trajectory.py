@@ -1,10 +1,11 @@
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
+from grpo import trajectory
 from grpo.actions import most_actions
 from grpo.config import DenoiseSection
 from grpo.metrics import means
@@ -91,6 +92,25 @@ def test_a_trajectory_does_not_depend_on_its_batch(kind):
             )
 
 
+@pytest.mark.parametrize("kind", ["critic", "self", "confidence"])
+def test_choices_hold_nothing_that_grows_with_draws_times_positions(kind):
+    model, rollout = large(kind, steps=8)
+    choices = rollout.choices
+    assert len(choices.draw) > 3 * len(choices.turns)  # several draws a choice
+    largest = max(choices.turns.numel(), choices.hidden.numel())
+    held = [getattr(choices, f.name) for f in fields(choices)]
+    assert max(value.numel() for value in held if isinstance(value, torch.Tensor)) == largest
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_judged_states_are_kept_for_choices_that_are_credited_alone(positions, monkeypatch):
+    kept, of_step = [], trajectory._actions
+    monkeypatch.setattr(trajectory, "_actions", lambda record, which: kept.append(record) or of_step(record, which))
+    rolled(make_model(20, block_size=16), torch.arange(4), remasking="critic", randomness=0.5, positions=positions,
+           length=16, prompt=4, steps=3)
+    assert [record.judged is not None for record in kept] == [positions, positions, False]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_are_normalised_over_possible_actions(kind):
     model, rollout = large(kind)
@@ -101,7 +121,7 @@ def test_tables_are_normalised_over_possible_actions(kind):
     assert torch.equal(tokens > -math.inf, rollout.support)
     if rollout.choices is not None:
         drawn = rollout.choices
-        assert drawn.left.gather(1, drawn.actions[:, None]).all()
+        assert (positions[0].gather(1, drawn.actions[:, None]) > -math.inf).all()
         assert torch.equal(credited(rollout, "positions")[len(rollout.positions) :], drawn.actions)
 
 
