@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,15 +50,15 @@ class Checkpoint:
     """What a checkpoint folder holds.
 
     architecture: what rebuilds the GPT. config: the run's resolved config. tensors: the GPT's, by name. state: the
-    training state, as it was given. sources: sha256 of each file of the text that it was trained on, none where that is
-    not known.
+    training state, as it was given. provenance: `Dataset.provenance` of the text that it was trained on; empty where
+    that is not known.
     """
 
     architecture: dict[str, Any]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     state: Any
-    sources: list[str]
+    provenance: dict[str, Any]
 
 
 def save_checkpoint(
@@ -69,7 +68,7 @@ def save_checkpoint(
     config: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     state: Any = None,
-    sources: Sequence[str] = (),
+    provenance: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint, replacing what has this name.
 
@@ -78,7 +77,7 @@ def save_checkpoint(
         tokenizer: saved beside the weights, so that the checkpoint can generate text by itself.
         state: tensors, numbers, strings and None in dicts, lists and tuples of any depth (optimizer and RNG states,
             buffers, counters). It comes back equal to the bit.
-        sources: `Dataset.sources` of the text that the model was trained on.
+        provenance: `Dataset.provenance` of the text that the model was trained on.
 
     Raises:
         ValueError: the tokenizer's ids are not the model's.
@@ -91,7 +90,7 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     training: dict[str, Tensor] = {}
     description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state"),
-                   "sources": list(sources)}
+                   "provenance": provenance or {}}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
     save_file(_separate(merged_state(model)), temporary / MODEL)
     save_file(_separate(training), temporary / TRAINING)
@@ -128,7 +127,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         description["config"],
         _read_tensors(folder / MODEL),
         _unpack(description["state"], _read_tensors(folder / TRAINING)),
-        description.get("sources", []),
+        description["provenance"],
     )
 
 

@@ -86,9 +86,11 @@ class Dataset:
         return self.tokenizer.vocabulary
 
     @property
-    def sources(self) -> list[str]:
-        """sha256 of each file of the text, in order."""
-        return [source["sha256"] for source in self.meta["sources"]]
+    def provenance(self) -> dict[str, Any]:
+        """sha256 of each file of the text, in order, and of what was held out of the training split."""
+        held_out = [shard["sha256"] for shard in self.meta["shards"] if shard["split"] != "train"]
+        return {"sources": [source["sha256"] for source in self.meta["sources"]],
+                "held_out": hashlib.sha256("".join(held_out).encode()).hexdigest()}
 
     def num_tokens(self, split: str) -> int:
         """Tokens of the split, pads not among them."""

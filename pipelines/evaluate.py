@@ -26,12 +26,12 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from grpo.checkpoint import load_model
+from grpo.checkpoint import load_model, load_tokenizer
 from grpo.completion import load_remasking_model
 from grpo.config import Config, DenoiseSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.config_model import check
-from grpo.data import open_dataset
+from grpo.data import Dataset, open_dataset
 from grpo.files import write_json
 from grpo.remasking import forwards, resolve_policy
 from grpo.reward_functions import resolve_rewards
@@ -70,10 +70,29 @@ SWEPT = ("temperature", "top_p", "steps", "remasking", "sampler")
 
 def grid(config: Config) -> list[DenoiseSection]:
     """The denoising settings that the lists of `evaluation` span."""
-    wavefront = any(config.evaluation.sampler)
-    check(config.model.sampler or not wavefront, "evaluation.sampler", "false unless model.sampler is true", wavefront)
     lists = [getattr(config.evaluation, key) or (getattr(config.denoise, key),) for key in SWEPT]
     return [replace(config.denoise, **dict(zip(SWEPT, values, strict=True))) for values in itertools.product(*lists)]
+
+
+def check_model(option: str, checkpoint: Path, config: Config, dataset: Dataset) -> None:
+    """Raise a one-line ValueError where the checkpoint that an option names cannot be measured on this text at each of
+    the settings."""
+    if load_tokenizer(checkpoint).fingerprint != dataset.tokenizer.fingerprint:
+        remedy = f"set data.tokenizer={checkpoint}/tokenizer" if option == "--checkpoint" else "give another"
+        raise ValueError(f"{option} {checkpoint} reads other tokens than the data: {remedy}")
+    model = load_model(checkpoint)
+    if model.mode != "language_model":
+        raise ValueError(f"{option} {checkpoint} is a {model.mode}: give that of a generator")
+    check(config.data.block_size <= model.block_size, "data.block_size",
+          f"at most {model.block_size}, that of {option} {checkpoint}", config.data.block_size)
+    check_splits(checkpoint, config.data, dataset, option)
+    if model.trunk.causal:
+        return
+    for denoise in grid(config):
+        resolve_policy(denoise.remasking, model, load_remasking_model(denoise, tokenizer=dataset.tokenizer))
+        if denoise.sampler and "sampler" not in model.heads:
+            raise ValueError(f"{option} {checkpoint} has no sampler head: denoise.sampler and evaluation.sampler must "
+                             "be false")
 
 
 def reward_columns(row: dict[str, Any]) -> dict[str, str]:
@@ -147,7 +166,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         check_enough(config, dataset)
         load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
         for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):
-            check_splits(checkpoint, config.data, open_dataset(dataset).sources, option)
+            check_model(option, checkpoint, config, open_dataset(dataset))
         start_ray()
         follow_judge(ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset), display)
         judge = judge_folder(config, dataset)

@@ -219,7 +219,9 @@ def check_base(base: Path, config: Config, dataset: Path) -> GPT:
     """
     model, data = load_model(base), open_dataset(dataset)
     check_tokenizer(base, data.tokenizer, "grpo.base")
-    check_splits(base, config.data, data.sources, "grpo.base")
+    if model.mode != "language_model":
+        raise ValueError(f"grpo.base {base} is a {model.mode}: give the checkpoint of a generator")
+    check_splits(base, config.data, data, "grpo.base")
     if model.block_size != config.data.block_size:
         raise ValueError(
             f"grpo.base {base} was trained with data.block_size {model.block_size}, got {config.data.block_size}"

@@ -27,7 +27,7 @@ from grpo.completion import complete, load_remasking_model
 from grpo.config import SHORTEST, Config, DataSection
 from grpo.config_file import config_hash, to_dict
 from grpo.config_model import check
-from grpo.data import VALIDATION_WINDOWS_SEED, Batch, completion_mask, open_dataset, window_places, windows
+from grpo.data import VALIDATION_WINDOWS_SEED, Batch, Dataset, completion_mask, open_dataset, window_places, windows
 from grpo.denoise import StepRecord
 from grpo.mask_bias import saved_bias
 from grpo.model import GPT
@@ -48,6 +48,8 @@ ENTROPY_TOLERANCE = 0.003
 """Relative, at which the search ends; at the base's slope over temperatures, 0.02 nats of judge NLL."""
 EQUAL_ENTROPY = 0.01
 """Relative, up to which token entropies are called the same."""
+SPLIT_BY = ("validation_fraction", "judge_fraction", "split_seed", "layout", "separator", "text_column", "block_size")
+"""Keys of `data` that decide, beside the text and its tokens, what is held out. A block size may leave it as it is."""
 
 
 def check_enough(config: Config, dataset: Path) -> None:
@@ -100,21 +102,25 @@ def follow_judge(progress: Iterable[Any], display: Display) -> None:
             display.phase("judge", *told[-1])
 
 
-def check_splits(checkpoint: Path, data: DataSection, sources: list[str], key: str) -> None:
+def check_splits(checkpoint: Path, data: DataSection, dataset: Dataset, key: str) -> None:
     """Raise a ValueError that names the option `key` where a model was trained on other splits of the same text: it
-    would be measured on text that it knows. A checkpoint that holds no digests is judged by the name of its source.
+    would be measured on text that it knows. A checkpoint of unknown provenance is judged by the name of its source.
     """
-    saved = load_checkpoint(checkpoint)
-    trained, known = saved.config.get("data", {}), saved.sources
-    if known and not set(known) & set(sources) or not known and trained.get("source") != data.source:
+    saved, present = load_checkpoint(checkpoint), dataset.provenance
+    trained, known = saved.config.get("data", {}), saved.provenance
+    if known:
+        if not set(known["sources"]) & set(present["sources"]) or known == present:
+            return
+        if known["sources"] != present["sources"]:
+            raise ValueError(f"{key} {checkpoint} was trained on some of the files of data.source {data.source}, "
+                             "beside others or fewer, so in other splits: it may know the text to measure by; give "
+                             "the same files")
+    elif trained.get("source") != data.source:
         return
-    if known and known != sources:
-        raise ValueError(f"{key} {checkpoint} was trained on some of the files of data.source {data.source}, beside "
-                         "others or fewer, so in other splits: it may know the text to measure by; give the same files")
-    for name in ("validation_fraction", "judge_fraction", "split_seed"):
+    for name in SPLIT_BY if known else SPLIT_BY[:-1]:
         if trained[name] != getattr(data, name):
-            raise ValueError(f"{key} {checkpoint} was trained with data.{name} {trained[name]} on this source, got "
-                             f"{getattr(data, name)}: it may know the text to measure by")
+            raise ValueError(f"{key} {checkpoint} was trained with data.{name} {trained[name]!r} on this source, got "
+                             f"{getattr(data, name)!r}, which splits it otherwise: it may know the text to measure by")
 
 
 def load_scorer(path: str, tokenizer: Tokenizer, device: str = "cpu") -> GPT | None:
@@ -156,7 +162,6 @@ class Setting:
         self.judge = load_model(judge, device=self.device).eval()
         self.scorer = load_scorer(config.evaluation.scorer, self.data.tokenizer, self.device)
         if checkpoint is not None:
-            check_tokenizer(checkpoint, self.data.tokenizer, "checkpoint")
             self.model = load_model(checkpoint, device=self.device).eval()
             self.mask_bias = saved_bias(load_checkpoint(checkpoint).state, config.mask_bias)
             self.remasking_model = load_remasking_model(

@@ -143,7 +143,7 @@ def train(
                 config=to_dict(config),
                 tokenizer=dataset.tokenizer,
                 state=state,
-                sources=dataset.sources,
+                provenance=dataset.provenance,
             )
             prune_checkpoints(job.folder / "checkpoints", grpo.keep, done)
 
@@ -210,7 +210,7 @@ def train(
             config=to_dict(config),
             tokenizer=dataset.tokenizer,
             state={"mask_bias": learner.mask_bias.state_dict()},
-            sources=dataset.sources,
+            provenance=dataset.provenance,
         )
     return {"history": history, **({"stopped": done} if done < total else {})}
 

@@ -1,5 +1,6 @@
 import argparse
 import json
+import re
 from dataclasses import replace
 from itertools import product
 
@@ -11,7 +12,9 @@ from benchmarks.adversarial import train_base
 from grpo.checkpoint import save_checkpoint
 from grpo.config_file import load_config, to_dict
 from grpo.data import make_dataset
-from pipelines.evaluate import SHOWN, SWEPT, grid, main, quality_table, reward_columns
+from grpo.model import GPT
+from grpo.tokenizer import build_tokenizer
+from pipelines.evaluate import SHOWN, SWEPT, check_model, grid, main, quality_table, reward_columns
 from pipelines.tracking import Tracker
 from tests.test_measurements import settings
 
@@ -27,9 +30,24 @@ def test_the_grid_crosses_the_lists_and_keeps_what_is_not_listed():
     assert grid(settings()) == [settings().denoise]
 
 
-def test_a_grid_with_the_sampler_needs_its_head():
-    with pytest.raises(ValueError, match="evaluation.sampler must be false unless model.sampler is true, got True"):
-        grid(settings("evaluation.sampler=[true]", "model.sampler=false"))
+@pytest.mark.parametrize("option", ["--checkpoint", "--base"])
+@pytest.mark.parametrize("changes, section, message", [
+    ((), dict(sampler=False), "has no sampler head: denoise.sampler and evaluation.sampler must be false"),
+    ((), dict(critic=False), "denoise.remasking=critic needs a generator with model.critic=true"),
+    (("data.block_size=64",), {}, "data.block_size must be at most 32, that of {option} {folder}, got 64"),
+    ((), "token_classifier", "{option} {folder} is a token_classifier: give that of a generator"),
+    ((), "bpe", "{option} {folder} reads other tokens than the data: "),
+])
+def test_a_model_that_cannot_be_measured_is_said_first(option, changes, section, message, tmp_path):
+    config = settings("evaluation.sampler=[false,true]", "evaluation.remasking=[random,critic]", *changes)
+    dataset = make_dataset(["some words of text " * 4000], config.data, tmp_path / "data")
+    tokenizer = build_tokenizer("bpe:300", ["some words of text"]) if section == "bpe" else dataset.tokenizer
+    model = replace(config.model, **(section if isinstance(section, dict) else {}))
+    mode = section if section == "token_classifier" else "language_model"
+    folder = save_checkpoint(tmp_path / "model", GPT(model, tokenizer.vocabulary, block_size=32, mode=mode), config={},
+                             tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=re.escape(message.format(option=option, folder=folder))):
+        check_model(option, folder, config, dataset)
 
 
 def test_the_table_has_a_column_for_each_of_the_users_rewards(capsys):

@@ -198,20 +198,41 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
     model = GPT(config.model, tokenizer.vocabulary, block_size=config.data.block_size)
     folder = save_checkpoint(tmp_path / "model", model, config=to_dict(config), tokenizer=tokenizer)
     other = DataSection(source="another.txt")
-    check_splits(folder, config.data, ["a"], "--base")
-    check_splits(folder, other, ["a"], "--base")
-    told = r"^--base .*model was trained with data.judge_fraction 0.0 on this source, got 0.25: it may know the text"
+    text = lambda held_out, *sources: SimpleNamespace(provenance={"sources": list(sources), "held_out": held_out})  # noqa: E731
+    check_splits(folder, config.data, text("x", "a"), "--base")
+    check_splits(folder, other, text("x", "a"), "--base")
+    told = r"^--base .*model was trained with data.judge_fraction 0.0 on this source, got 0.25, which splits"
     with pytest.raises(ValueError, match=told):
-        check_splits(folder, DataSection(source="mine.txt"), ["a"], "--base")
+        check_splits(folder, DataSection(source="mine.txt"), text("x", "a"), "--base")
     with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
-        check_splits(folder, replace(config.data, split_seed=3), ["a"], "--base")
-    save_checkpoint(folder, model, config=to_dict(config), tokenizer=tokenizer, sources=["a", "b"])
-    check_splits(folder, replace(config.data, source="/data/mine.txt"), ["a", "b"], "--base")
-    check_splits(folder, DataSection(source="mine.txt"), ["c"], "--base")  # of the same name, and other text
+        check_splits(folder, replace(config.data, split_seed=3), text("x", "a"), "--base")
+    known = text("x", "a", "b").provenance
+    save_checkpoint(folder, model, config=to_dict(config), tokenizer=tokenizer, provenance=known)
+    check_splits(folder, replace(config.data, source="/data/mine.txt"), text("x", "a", "b"), "--base")
+    check_splits(folder, DataSection(source="mine.txt"), text("y", "c"), "--base")  # of the same name, and other text
     with pytest.raises(ValueError, match=told):
-        check_splits(folder, other, ["a", "b"], "--base")  # of another name, and the same text
+        check_splits(folder, other, text("y", "a", "b"), "--base")  # of another name, and the same text
     with pytest.raises(ValueError, match="was trained on some of the files of data.source mine.txt.*other splits"):
-        check_splits(folder, config.data, ["a", "b", "c"], "--base")
+        check_splits(folder, config.data, text("y", "a", "b", "c"), "--base")
+
+
+@pytest.mark.parametrize("change, same", [
+    ("data.block_size=64", True), ("data.block_size=48", False), ("data.layout=documents", False),
+    ('data.separator="\\n"', False), ("data.split_seed=1", False), ("data.judge_fraction=0.3", False),
+])
+def test_what_was_held_out_decides_whether_two_splits_are_the_same(change, same, tmp_path):
+    text = ["\n".join(f"line {n} of document {d}" for n in range(40)) for d in range(400)]
+    config, changed = settings("data.source=mine.txt"), settings("data.source=mine.txt", change)
+    assert config.data.block_size == 32
+    dataset, other = (make_dataset(text, c.data, tmp_path / f"data-{i}") for i, c in enumerate((config, changed)))
+    model = GPT(config.model, dataset.vocabulary, block_size=32)
+    folder = save_checkpoint(tmp_path / "model", model, config=to_dict(config), provenance=dataset.provenance)
+    if same:
+        check_splits(folder, changed.data, other, "--base")
+        return
+    key, value = change.split("=")
+    with pytest.raises(ValueError, match=f"was trained with {key} .* on this source, got .*, which splits it"):
+        check_splits(folder, changed.data, other, "--base")
 
 
 def test_a_judge_that_knows_the_data_less_well_than_the_generator_is_told(tmp_path):
