@@ -6,7 +6,8 @@
 #   TORCH_INDEX  package index of torch, if not pip's own
 set -eu
 cd "$(dirname "$0")/.."
-case "${VARIANT:=cpu}" in cpu|gpu) ;; *) echo "error: VARIANT must be cpu or gpu, got $VARIANT" >&2; exit 2 ;; esac
+export VARIANT="${VARIANT:-cpu}"
+case "$VARIANT" in cpu|gpu) ;; *) echo "error: VARIANT must be cpu or gpu, got $VARIANT" >&2; exit 2 ;; esac
 # torch first, alone: a range would let another package choose another build of it
 python -m pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==${TORCH:-2.13.0}"
 python -m pip install -c constraints.txt .

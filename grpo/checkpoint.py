@@ -131,6 +131,14 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     )
 
 
+def model_digest(folder: Path) -> str:
+    """Digest of a checkpoint's model: its weights, tokens, shape and mask bias, whatever else its run's config says."""
+    files, description = _read_json(folder / MANIFEST), _read_json(folder / DESCRIPTION)
+    held = {name: digest for name, digest in files.items() if name == MODEL or name.startswith("tokenizer/")}
+    what = [held, description["architecture"], (description["state"] or {}).get("mask_bias")]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
 def load_model(
     folder: str | Path,
     *,

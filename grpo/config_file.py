@@ -159,6 +159,14 @@ def with_values(config: Config, values: dict[str, Any], origin: str) -> Config:
     return from_dict(tree, origin)
 
 
+def value_at(config: Config, key: str) -> Any:
+    """The value at a dotted key; None where a mapping does not hold it."""
+    place = to_dict(config)
+    for name in _path(key):
+        place = place.get(name)
+    return place
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal `Config`."""
     return OmegaConf.to_yaml(to_dict(config))

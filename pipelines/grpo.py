@@ -36,7 +36,7 @@ from actors.generator import Generator
 from actors.reward import Reward
 from actors.trunk_store import Blueprint, publish, seal, share_on_gpus, to_arrays
 from grpo.actions import credits_positions
-from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model
+from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, model_digest
 from grpo.completion import load_remasking_model, remasking_checkpoint
 from grpo.config import Config, GrpoSection
 from grpo.config_file import config_hash, save_config, to_dict
@@ -127,6 +127,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
                 }
                 | ({} if gain is None else {"judge_nll_gain": gain}),
                 len(history),
+                measured_again=True,
             )
             tracker.table(
                 "samples",
@@ -163,7 +164,7 @@ def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
     kept = {name: {key: value for key, value in sections[name].items() if key not in BOOKKEEPING} for name in names}
     remasker = remasking_checkpoint(config.denoise)
     used = {"base": paths.base} | ({"remasking_model": remasker} if remasker else {})
-    weights = {name: config_hash((path / "manifest.json").read_text(encoding="utf-8")) for name, path in used.items()}
+    weights = {name: model_digest(path) for name, path in used.items()}
     return {"dataset": paths.dataset.name, "run": {"seed": config.run.seed}, **weights, **kept}
 
 

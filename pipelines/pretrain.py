@@ -28,6 +28,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from grpo.checkpoint import model_digest
 from grpo.config import Config, PretrainSection
 from grpo.config_file import config_hash, save_config, to_dict
 from grpo.data import Dataset, open_dataset, windows
@@ -103,9 +104,7 @@ def what_decides(config: Config, dataset: Path) -> dict[str, Any]:
         names += ["denoise"]
         values |= {"reward": {"pooling": config.reward.pooling}, "grpo": {"prompt_tokens": config.grpo.prompt_tokens}}
     if config.pretrain.mode != "generator":
-        settings["teacher"] = config_hash(
-            (find_checkpoint(config.pretrain.teacher, "pretrain.teacher") / "manifest.json").read_text(encoding="utf-8")
-        )
+        settings["teacher"] = model_digest(find_checkpoint(config.pretrain.teacher, "pretrain.teacher"))
     return {**values, "pretrain": settings, **{name: sections[name] for name in names}}
 
 

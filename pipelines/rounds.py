@@ -122,7 +122,8 @@ def train(
     warmup = config.warmup_rounds
     total = warmup + grpo.rounds
     published = publish(newest_heads(learner, done), ranks, share)
-    flight = source.start(done, publish(behind, ranks, share)) if behind and done < total else None
+    late = publish(behind, ranks, share) if behind and done < total else None  # what rolls out the next round, if stale
+    flight = late and source.start(done, late)
     saved = done
     stop = False
 
@@ -134,7 +135,7 @@ def train(
                 "history": history,
                 "learner": learner.tensors(),
                 "texts": texts,
-                "behind": flight and flight.published.state(),
+                "behind": late and late.state(),
                 **learner.numbers(),
             }
             save_checkpoint(
@@ -159,9 +160,8 @@ def train(
         scores = fetch(now.scores, f"scores of round {round} from the reward actors", config.run.timeout_s)
         clock.lap("score")
         idle = clock.seconds["seconds/rollout"] + clock.seconds["seconds/score"]
-        version, flight = learner.version, None
-        if grpo.max_staleness and round + 1 < total:
-            flight = source.start(round + 1, published)
+        version, late = learner.version, published if grpo.max_staleness else None
+        flight = source.start(round + 1, late) if late and round + 1 < total else None
         metrics = learner.discriminator.remember(round, rollouts, scores, now.natural, features)
         if round >= warmup:
             earlier = learner.back_offs

@@ -34,11 +34,12 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.config import Config
-from grpo.config_file import config_hash, save_config, to_dict, with_values
+from grpo.config_file import config_hash, save_config, to_dict, value_at, with_values
 from grpo.config_model import one_of
 from grpo.config_sweep import SweepSection
 from grpo.data import open_dataset
 from grpo.files import write_json
+from grpo.reward_functions import resolve_rewards
 from pipelines.fit import beside_main_thread
 from pipelines.grpo import base_of, check_base, judge_beside, publish_trunk
 from pipelines.launch import launch, start_ray
@@ -65,11 +66,11 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     check_space(config)
     check_objective(config)
+    first = {key: values[0] for key, (_, values) in config.sweep.ranges.items()}
+    resolve_rewards(with_values(config, first, "sweep.space").grpo.rewards)  # an unknown name is said first
     folder = run_folder(config.run, f"sweep-{config_hash(config)}")
-    placed = replace(
-        config,
-        run=replace(config.run, output=str(folder.parent), cache=str(Path(config.run.cache).expanduser().absolute())),
-    )
+    cache = str(Path(config.run.cache).expanduser().absolute())
+    placed = replace(config, run=replace(config.run, output=str(folder.parent), cache=cache))
     with alone(folder), Display() as display:
         shared = _prepare(placed, folder, display)
         check_same(folder, _what_decides(shared), begun=bool(read_trials(folder)))
@@ -270,14 +271,13 @@ def _domains(config: Config) -> dict[str, Any]:
     """Tune's domain of each swept key; ranges of whole-number fields hold whole numbers, both ends included."""
     from ray import tune
 
-    sections, domains = to_dict(config), {}
+    domains = {}
     for key, (kind, values) in config.sweep.ranges.items():
-        section, _, name = key.partition(".")
         if kind == "grid":
             domains[key] = tune.grid_search(values)
         elif kind == "choice":
             domains[key] = tune.choice(values)
-        elif isinstance(sections[section][name], int):
+        elif isinstance(value_at(config, key), int):
             whole = {"uniform": tune.randint, "loguniform": tune.lograndint}[kind]
             domains[key] = whole(values[0], values[1] + 1)
         else:
@@ -348,7 +348,8 @@ def _publish(config: Config, folder: Path, tracker: Tracker, trials: list[dict[s
     if best is not None:
         chosen = with_values(config, best["values"], "best trial")
         save_config(replace(chosen, run=replace(chosen.run, name=""), sweep=SweepSection()), folder / "best.yaml")
-        tracker.log({f"best/{name}": value for name, value in best["reports"][-1].items()}, len(trials))
+        figures = {f"best/{name}": value for name, value in best["reports"][-1].items()}
+        tracker.log(figures, len(trials), measured_again=True)
         tracker.artifact(folder / "best.yaml")
     tracker.artifact(folder / "trials.json")
     tracker.artifact(folder / "summary.json")

@@ -120,7 +120,7 @@ def _norm(values: Sequence[float]) -> Normalize:
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
     low, high = (min(values), max(values)) if len(values) else (0.0, 1.0)
-    return (low, high) if high > low else (low, low * (1 + 1e-6) + 1e-12)
+    return (low, high) if high > low else (low, low + abs(low) * 1e-6 + 1e-12)
 
 
 def _number(value: Any) -> bool:

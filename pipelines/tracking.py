@@ -25,7 +25,7 @@ import re
 import sys
 import threading
 import time
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class Tracker:
         self._file = self.folder / f"unsent-{writer}.jsonl"
         self._pending: deque[dict[str, Any]] = deque(_unsent(self._file, start_step))
         self._written = len(self._pending)  # leading records that the file holds as well
-        self._seen: set[tuple[str, int]] = set()  # (name, step) that the store held when we came
+        self._seen: dict[tuple[str, int], float] = {}  # what the store holds by (name, step)
         self._client: Any = None
         self._failures = self._dropped = 0
         self._closing = False
@@ -105,15 +105,19 @@ class Tracker:
         self._wait(lambda failures: self._client is not None or self._failures > failures, 60)
         return self._run_id
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log figures of one step.
+    def log(self, metrics: Mapping[str, float], step: int, *, measured_again: bool = False) -> None:
+        """Log figures of one step; those that the store holds for this step are taken for the same.
+
+        Args:
+            measured_again: they may differ from those of an earlier process: a new value goes beside the old one, and
+                is the one that MLflow shows.
 
         Raises:
             ValueError: a name is another one's folder, or becomes the same as another's.
         """
         now = time.time_ns() // 1_000_000
-        self._add({"do": "metrics", "rows": [[self._names(name), float(value), now, step]
-                                             for name, value in metrics.items()]})
+        self._add({"do": "metrics", "again": measured_again,
+                   "rows": [[self._names(name), float(value), now, step] for name, value in metrics.items()]})
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file or folder, as it is when its turn comes."""
@@ -235,8 +239,8 @@ class Tracker:
         client = MlflowClient(tracking_uri=self.uri)
         run = client.get_run(self._run_id) if self._run_id else self._own_run(client)
         self._run_id = run.info.run_id  # whatever fails from here on, no other one is made
-        self._seen = {(key, metric.step) for key in run.data.metrics
-                      for metric in client.get_metric_history(run.info.run_id, key)}
+        self._seen = {(key, metric.step): metric.value for key in run.data.metrics
+                      for metric in sorted(client.get_metric_history(run.info.run_id, key), key=lambda m: m.timestamp)}
         if self._config is not None:
             self._log_config(client, run)
         self._client = client
@@ -292,11 +296,14 @@ class Tracker:
     def _send(self) -> None:
         while self._pending:
             if self._pending[0]["do"] == "metrics":
-                taken, rows = 0, []
+                taken, rows, sent = 0, [], {}
                 while taken < len(self._pending) and len(rows) < BATCH and self._pending[taken]["do"] == "metrics":
-                    rows += self._pending[taken]["rows"]
+                    news = _news(self._pending[taken], ChainMap(sent, self._seen))
+                    sent |= {(name, step): value for name, value, _, step in news}
+                    rows += news
                     taken += 1
-                self._send_metrics([row for row in rows if (row[0], row[3]) not in self._seen])
+                self._send_metrics(rows)
+                self._seen |= sent
             else:
                 taken = 1
                 self._send_or_give_up(self._pending[0])
@@ -356,6 +363,13 @@ def _known_run(client: Any, path: Path, own: Mapping[str, str | None]) -> Any:
             raise
         return None
     return run if run.info.lifecycle_stage == "active" else None
+
+
+def _news(record: dict[str, Any], held: Mapping[tuple[str, int], float]) -> list[list[Any]]:
+    """Rows of a record of metrics that a store which holds these values lacks."""
+    known = [held.get((name, step)) for name, _, _, step in record["rows"]]
+    return [row for row, value in zip(record["rows"], known, strict=True)
+            if value is None or record.get("again") and value != row[1]]
 
 
 def _unsent(path: Path, start_step: int) -> list[dict[str, Any]]:

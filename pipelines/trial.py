@@ -122,6 +122,8 @@ class Trial:
             except Exception as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 write_json(self.folder / "trial.json", {**self.record, "status": "failed", "reason": reason})
+                if self.tracker:
+                    self.tracker.finish("FAILED")
                 raise
         self.reported += 1
         return self.record["reports"][self.reported - 1]

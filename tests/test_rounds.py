@@ -107,6 +107,13 @@ def test_a_stopped_run_goes_on_bit_for_bit_with_several_actors(steady, paths, tm
     assert all(torch.equal(tensors[name], steady[age][1][name]) for name in tensors)
 
 
+@pytest.mark.parametrize("age", [0, 1])
+def test_rounds_that_are_added_later_are_those_of_one_run(steady, paths, tmp_path, age):
+    run(configure(max_staleness=age, rounds=STOP - WARMUP), paths, tmp_path)
+    history, tensors = run(configure(max_staleness=age), paths, tmp_path)
+    assert history == steady[age][0] and all(torch.equal(tensors[name], steady[age][1][name]) for name in tensors)
+
+
 def test_rollouts_are_one_update_old_where_that_is_allowed(steady):
     ages = [row["staleness"] for row in steady[1][0]]
     assert ages == [0] * (WARMUP + 1) + [1] * (ROUNDS - 1) and {row["staleness"] for row in steady[0][0]} == {0}

@@ -60,6 +60,13 @@ def test_texts_continue_the_prompt_and_the_page_is_written(runs, tmp_path):
     assert config.data.block_size == 24 and config.denoise.steps == 2  # the checkpoint's own, and the override
 
 
+def test_a_prompt_that_is_no_utf_8_is_read_with_replacements(runs, tmp_path):
+    done = run(tmp_path, "--checkpoint", runs / "diffusion", "--prompt", b"caf\xe9".decode(errors="surrogateescape"),
+               "run.name=one")
+    assert done.returncode == 0, done.stderr
+    assert summary_of(tmp_path, "one")["prompt"] == "caf\ufffd"
+
+
 def test_a_text_does_not_depend_on_how_many_are_written(runs, tmp_path):
     for name, num in (("few", 1), ("many", 3)):
         done = run(tmp_path, "--checkpoint", runs / "diffusion", "--num", num, f"run.name={name}", module=True)

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -29,7 +28,6 @@ from grpo.config import (
 )
 from grpo.config_file import from_dict, load_config, save_config, with_values
 from grpo.files import write_json
-from pipelines.measurements import FIGURES
 from pipelines.progress import Display
 from pipelines.sweep import (
     _news,
@@ -42,7 +40,7 @@ from pipelines.sweep import (
     num_trials,
     read_trials,
 )
-from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, means_of, new_record, settling, trial_folder
+from pipelines.trial import MEASURED, PRETRAINED, Shared, Trial, new_record, trial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"{number} times {number} is {number * number}. " for number in range(3000))
@@ -227,35 +225,6 @@ def test_trials_share_a_base_that_no_swept_key_decides(swept, config):
         main(replace(another, grpo=replace(shared.grpo, base=str(final), residual=16)), None)
 
 
-@pytest.mark.parametrize("entropy, objective, compared", [
-    (1.9, "judge_nll_matched", False),
-    (1.9, "nelbo_bpb_matched", True),
-    (1.99, "judge_nll_matched", True),
-    (2.5, "judge_nll_matched", True),
-])
-def test_a_trial_below_natural_entropy_is_not_compared_by_its_text(monkeypatch, tmp_path, entropy, objective, compared):
-    row = dict.fromkeys(FIGURES, 1.0) | {"entropy": entropy, "entropy_error": entropy - 2.0}
-    monkeypatch.setattr("pipelines.trial.measure", lambda *_, **__: row)
-    monkeypatch.setattr("pipelines.trial.Tracker", MagicMock())
-    monkeypatch.setattr("pipelines.trial.check_base", MagicMock())
-    sweep = SweepSection(space={"grpo.kl": {"grid": [0.1]}}, objective=objective)
-    config = Config(run=RunSection(threads=1), sweep=sweep)
-    shared = Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=tmp_path, trunk=None,
-                    entropy=2.0, tracking=config.tracking, mlflow_run=None, board=MagicMock(), device="cpu",
-                    neighbors=1)
-    trial = Trial(shared, {"grpo.kl": 0.1})
-    try:
-        if compared:
-            assert trial.step()["entropy_error_matched"] == entropy - 2.0
-            return
-        told = "^its token entropy comes no nearer to natural text's 2.000 nats than 1.900, at temperature 1: judge_nll"
-        with pytest.raises(ValueError, match=told):
-            trial.step()
-        assert read_trials(tmp_path)[0]["status"] == "failed"
-    finally:
-        trial.close()
-
-
 @pytest.mark.ray
 def test_every_report_has_the_figures_that_an_objective_may_name(swept):
     _, _, folder = swept
@@ -288,11 +257,6 @@ def test_trials_that_the_cluster_cannot_hold_are_said_and_not_waited_for(config,
     swept = replace(config, cluster=ClusterSection(learner_cpus=99), run=replace(config.run, output=str(tmp_path)))
     with pytest.raises(ValueError, match="cluster.learner_cpus must together be at most .* got 99"):
         main(swept, None)
-
-
-def test_means_are_over_the_rounds_that_have_a_figure():
-    rows = [{"step": 3, "kl": 1.0}, {"step": 4, "kl": 3.0, "importance": 0.5}]
-    assert means_of(rows) == {"kl": 2.0, "importance": 0.5} == means_of(rows[::-1])
 
 
 def test_grids_are_crossed_and_times_what_is_drawn():
@@ -371,6 +335,24 @@ def test_tpe_is_told_what_is_known_and_then_draws_what_is_new(config):
     assert again[:3] == first and not any(new in first for new in again[3:])
 
 
+@pytest.mark.parametrize("given", [{}, {"grpo.example_rewards:vowel_share": 1.0}])
+@pytest.mark.parametrize("kind", ["uniform", "loguniform"])
+def test_the_weight_of_a_user_s_reward_has_a_domain(config, given, kind):
+    from pipelines.sweep import _domains
+
+    key = "grpo.rewards.grpo.example_rewards:vowel_share"
+    space = {key: {kind: [0.1, 1.0]}}
+    swept = replace(config, sweep=SweepSection(space=space), grpo=replace(config.grpo, rewards=given))
+    check_space(swept)
+    assert 0.1 <= _domains(swept)[key].sample() <= 1.0
+
+
+def test_a_reward_that_nobody_has_is_said_before_a_sweep_prepares_anything(config):
+    space = {"grpo.rewards.grpo.example_rewards:vowels": {"uniform": [0.0, 1.0]}}
+    with pytest.raises(ValueError, match="has no function vowels; did you mean vowel_share"):
+        main(replace(config, sweep=SweepSection(space=space)), None)
+
+
 def test_the_best_trial_is_the_best_among_the_finished():
     trials = [
         {"status": status, "reports": [{"x": value}]}
@@ -379,18 +361,6 @@ def test_the_best_trial_is_the_best_among_the_finished():
     assert best_trial(trials, SweepSection(objective="x"))["reports"] == [{"x": 1.0}]
     assert best_trial(trials, SweepSection(objective="x", mode="max"))["reports"] == [{"x": 3.0}]
     assert best_trial(trials[1:2], SweepSection(objective="x")) is None
-
-
-def test_settling_is_read_off_the_moving_average():
-    readings = [0.9] * 5 + [0.4] * 5 + [0.6, 0.4] * 5  # means of five: 0.9, 0.8, ... 0.4, then 0.44, 0.44, 0.48, ...
-    curve = [{"step": 10.0 * (i + 1), "p_mask_unmask": p, "mask_bias": 1.0} for i, p in enumerate(readings)]
-    found = settling([{"step": 5.0, "loss_wrong": 1.0}, *curve], 0.5, 200)
-    means = [sum(readings[i - 4 : i + 1]) / 5 for i in range(4, 20)]
-    settled = max(i for i, mean in enumerate(means) if abs(mean - 0.5) > 0.05) + 1
-    assert found["p_mask_settled_step"] == 10 * (settled + 5) == 130
-    assert found["p_mask_overshoot"] == pytest.approx(0.5 - min(means), abs=1e-6)
-    assert found["p_mask_error"] == pytest.approx(sum(abs(mean - 0.5) for mean in means[12:]) / 4, abs=1e-6)
-    assert settling(curve[:7], 0.5, 200)["p_mask_settled_step"] == 200 and settling([], 0.5, 200) == {}
 
 
 def test_a_value_lands_at_its_key(config):

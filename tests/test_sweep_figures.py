@@ -50,6 +50,13 @@ def test_a_sweep_without_figures_still_draws(tmp_path):
         figure.savefig(tmp_path / f"{index}.png")
 
 
+@pytest.mark.parametrize("value", [-1.5, 0.0, 2.0])
+def test_figures_that_are_all_the_same_still_draw(value, tmp_path):
+    alike = [trial(0.5, 0.1, "up", value)]
+    parallel_coordinates(alike, RANGES, "loss").savefig(tmp_path / "parallel.png")
+    approaches([([1, 2], [0.9, 0.5], value)], key="k", target=0.4, log=False).savefig(tmp_path / "approaches.png")
+
+
 def test_approaches_are_drawn_beside_their_target(tmp_path):
     figure = approaches([([1, 2], [0.9, 0.5], 0.1), ([1, 2], [0.8, 0.6], 0.1)], key="k", target=0.4, log=True)
     lines = figure.axes[0].lines

@@ -3,7 +3,9 @@ import resource
 import shutil
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import matplotlib
 import pytest
@@ -44,17 +46,13 @@ def track(tmp_path, name="run", **options):
 
 
 def closed_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def four_at_once(work):
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def history(client, run_id, key):
@@ -114,6 +112,20 @@ def test_a_resumed_run_continues_without_a_duplicate_or_a_gap(tmp_path, client):
     run = client().get_run(run_id)
     assert run.data.params == {"a": "1", "b": "3"} and run.data.tags["resumed_with.a"] == "2"
     assert run.info.status == "FINISHED"
+
+
+def test_figures_that_are_measured_again_are_shown_as_they_are_now_and_stored_once(tmp_path, client, monkeypatch):
+    def end(gain):
+        with track(tmp_path, start_step=67) as tracker:
+            tracker.log({"gain": gain, "natural": 1.5}, 66, measured_again=True)
+        return tracker.run_id
+
+    with monkeypatch.context() as away:
+        away.setattr(Tracker, "_connect", MagicMock(side_effect=OSError("away")))
+        end(0.285)  # waits in the run's folder
+    assert end(0.285) == end(0.285) == (run_id := end(0.111))
+    assert client().get_run(run_id).data.metrics == {"gain": 0.111, "natural": 1.5}
+    assert [history(client(), run_id, key) for key in ("gain", "natural")] == [[(66, 0.285), (66, 0.111)], [(66, 1.5)]]
 
 
 def test_a_run_of_the_same_name_in_a_new_folder_is_a_new_run(tmp_path, client):
