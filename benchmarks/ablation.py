@@ -44,6 +44,7 @@ from benchmarks.models import (
 import torch
 
 from benchmarks.adversarial import Adversary
+from grpo.checkpoint import load_checkpoint
 from grpo.config import Config
 from grpo.model import GPT
 
@@ -78,7 +79,7 @@ def measured(texts: Texts, model: GPT, bias: float, temperature: float = 1.0) ->
 def play(config: Config, texts: Texts, base: Path, variant: str) -> dict[str, float]:
     """Run the rounds of one variant; figures of its result, and seconds per round."""
     model, bias = load_generator(base)
-    adversary = Adversary(config, dataset_of(config), model)
+    adversary = Adversary(config, dataset_of(config), model, mask_bias=load_checkpoint(base).state["mask_bias"])
     if variant == "anchor alone":
         score = adversary.reward.score
 

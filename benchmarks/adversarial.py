@@ -46,7 +46,9 @@ def fit(trainer: Pretrainer, dataset: Dataset) -> None:
 class Adversary:
     """A learner with one generator and one reward model, and the loop around them."""
 
-    def __init__(self, config: Config, dataset: Dataset, base: GPT, *, threads: int = 1, device: str = "cpu") -> None:
+    def __init__(self, config: Config, dataset: Dataset, base: GPT, *, mask_bias: dict[str, float] | None = None,
+                 threads: int = 1, device: str = "cpu") -> None:
+        """mask_bias: state of the base's controller, which goes on; None: a fresh one."""
         self.config, grpo = config, config.grpo
         blueprint = Blueprint(
             model=config.model, vocabulary=dataset.vocabulary, block_size=config.data.block_size, reward=config.reward
@@ -59,6 +61,8 @@ class Adversary:
         heads = to_arrays(scratch.heads.state_dict())
         remasking = resolve_policy(config.denoise.remasking, base, None)
         self.learner = Learner(blueprint, config, trunk, heads, remasking=remasking, device=device)
+        if mask_bias:
+            self.learner.mask_bias.load_state_dict(mask_bias)
         self.generator = Generator(
             blueprint,
             trunk,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -82,7 +83,8 @@ def dataset_of(config: Config) -> Dataset:
     folder = Path(config.run.cache).expanduser().absolute() / name
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return make_dataset(read_documents(config.data.source), config.data, folder)
+        documents = read_documents(config.data.source, config.data.text_column, config.data.separator)
+        return make_dataset(documents, config.data, folder)
     return open_dataset(folder)
 
 
@@ -161,8 +163,8 @@ def adversarial(config: Config, dataset: Dataset, base: Path) -> Path:
     """Checkpoint of what the adversarial rounds make of a base."""
 
     def train(folder: Path) -> None:
-        model, bias = load_generator(base)
-        adversary = Adversary(config, dataset, model)
+        mask_bias = load_checkpoint(base).state["mask_bias"]
+        adversary = Adversary(config, dataset, load_generator(base)[0], mask_bias=mask_bias)
         save_checkpoint(folder, adversary.run(), config=to_dict(config), tokenizer=dataset.tokenizer,
                         state={"mask_bias": adversary.learner.mask_bias.state_dict()})
 
@@ -278,7 +280,8 @@ class Texts:
         return c2st(self.natural.tokens[:, self.start :], tokens[:, self.start :], places=self.places)[0]
 
     def at_entropy(self, write: Callable[[float], Tensor], entropy: float) -> dict[str, float]:
-        """The same at the temperature where completions have this token entropy.
+        """The same at the temperature where completions have this token entropy; NaN where none up to 2 comes within
+        1 % of it.
 
         Args:
             write: temperature -> [B, T].
@@ -286,9 +289,5 @@ class Texts:
         start = self.start
         match = temperature_matching_entropy(lambda heat: write(heat)[:, start:], entropy, tolerance=0.005, max_calls=5)
         prompts = self.natural.tokens[:, :start]
-        return self.measure(torch.cat([prompts, match.tokens], 1)) | {"temperature": match.temperature}
-
-    def matched_nll(self, write: Callable[[float], Tensor], entropy: float) -> float:
-        """Judge NLL at that entropy; NaN where no temperature up to 2 comes within 3 % of it."""
-        figures = self.at_entropy(write, entropy)
-        return figures["judge_nll"] if abs(figures["entropy"] / entropy - 1) < 0.03 else float("nan")
+        figures = self.measure(torch.cat([prompts, match.tokens], 1)) | {"temperature": match.temperature}
+        return figures if abs(figures["entropy"] / entropy - 1) < 0.01 else dict.fromkeys(figures, math.nan)

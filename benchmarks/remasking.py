@@ -48,8 +48,8 @@ def measure(texts: Texts, model: GPT, policy: str, target: float, **settings: ob
     """Figures at temperature 1 and the judge NLL at the target entropy."""
     steps = steps_within(policy, FORWARDS)
     plain = texts.measure(texts.write(model, policy, steps, **settings))
-    matched = texts.matched_nll(lambda heat: texts.write(model, policy, steps, temperature=heat, **settings), target)
-    return {"steps": steps, **plain, "matched_nll": matched}
+    matched = texts.at_entropy(lambda heat: texts.write(model, policy, steps, temperature=heat, **settings), target)
+    return {"steps": steps, **plain, "matched_nll": matched["judge_nll"]}
 
 
 def policies(texts: Texts, model: GPT, classifier: GPT, bias: float, target: float) -> Rows:

@@ -89,6 +89,7 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
         both, one = Rollouts(job, Ranks()), Rollouts(replace(job, generators=job.generators[:1],
                                                              rewards=job.rewards[:1]), Ranks())
         seconds: dict[int, list[float]] = {1: [], 2: []}
+        scored = []
         learner = Learner(job.blueprint, config, *fetch([job.trunk[0], job.heads[0]], "the trunk", 60.0),
                           remasking=job.remasking)
         published = publish(newest_heads(learner, 0), Ranks())
@@ -99,8 +100,9 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
                 ray.wait(flight.rollouts, num_returns=len(flight.rollouts), fetch_local=False)
                 rolled = time.perf_counter() - started
                 ray.wait(flight.scores, num_returns=len(flight.scores), fetch_local=False)
-                scored = time.perf_counter() - started - rolled
-                seconds[actors] += [rolled] if round else []  # the first call of an actor warms it up
+                if round:  # the first call of an actor warms it up
+                    seconds[actors].append(rolled)
+                    scored += [time.perf_counter() - started - rolled] if actors == 1 else []
         rollouts, scores = ray.get(flight.rollouts), ray.get(flight.scores)
     histories: dict[int, list[dict[str, float]]] = {0: [], 1: []}
     for turn in range(2):
@@ -127,7 +129,7 @@ def measure(config: Config, dataset: Dataset, scratch: Path, repeats: int) -> tu
         action_bytes=(nbytes(rollouts) - states) / actions, width=config.model.n_embd,
         parameters=sum(parameter.numel() for parameter in base.parameters()), tokens=completion,
         feature_bytes=nbytes(scores) / samples / config.data.block_size / config.model.n_embd,
-        rollout_s=figures["rollout_s_1"] / samples, score_s=scored / samples,
+        rollout_s=figures["rollout_s_1"] / samples, score_s=statistics.median(scored) / samples,
         update_s=(medians["seconds/generator"] + medians["seconds/reward"]) / samples,
         generator_steps=config.grpo.num_iterations, reward_steps=medians["reward_steps"])
 

@@ -46,6 +46,7 @@ from benchmarks.models import (
 
 # isort: split
 from benchmarks.adversarial import Adversary
+from grpo.checkpoint import load_checkpoint
 from grpo.config import Config
 from grpo.text_quality import distinct_n, token_entropy
 
@@ -73,7 +74,7 @@ def live(config: Config, args: argparse.Namespace, folder: Path, name: str) -> d
     natural = texts.natural.tokens[:, texts.start :]
     of_natural = {"entropy": token_entropy(natural), "distinct_4": distinct_n(natural, 4)}
     points, accuracies = [], []
-    adversary = Adversary(config, dataset, base)
+    adversary = Adversary(config, dataset, base, mask_bias=load_checkpoint(folder).state["mask_bias"])
 
     def follow(round: int, metrics: dict[str, float]) -> None:
         if round < 0:

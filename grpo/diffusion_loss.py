@@ -228,8 +228,8 @@ def nelbo(
 def ratio_with_error(totals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """sum(totals) / sum(counts) and its standard error over rows (linearised ratio estimator).
 
-    The error covers the choice of rows and the draws together, as if rows were independent; stratified times make the
-    true error of the draws smaller, so it is on the safe side.
+    The error covers the choice of rows and the draws together, as if rows were independent. Stratified times make the
+    draws' true error smaller; that rows of one document are alike makes the rows' larger.
 
     Args:
         totals: [N] float64, nats of each row.

@@ -203,6 +203,7 @@ def train(
         if done % grpo.checkpoint_every == 0 or done == total or stop:
             save()
             saved = done
+        del now, rollouts, scores  # the next round's take their place in memory
     if saved == done == total and ranks.rank == 0:
         save_checkpoint(
             job.folder / "final",

@@ -64,7 +64,10 @@ def test_rounds_go_on_after_a_resume(config, device):
     discriminator = steady.learner.discriminator
     fresh.learner.load(steady.state(), discriminator.texts(), steady.learner.numbers())
     expected = steady.round(2)
-    assert fresh.round(2) == pytest.approx(expected, rel=1e-2, abs=1e-2)
+    if torch.cuda.is_available():  # its sums have no order
+        assert fresh.round(2) == pytest.approx(expected, rel=1e-2, abs=1e-2)
+    else:
+        assert fresh.round(2) == expected and fresh.learner.numbers() == steady.learner.numbers()
 
 
 def test_a_pretraining_goes_on_after_a_stop_between_readings(dataset, tmp_path, device):  # noqa: F811

@@ -7,6 +7,7 @@ import torch
 from grpo.sliced_loss import LOGITS_AT_ONCE
 from grpo.text_quality import (
     c2st,
+    clustered_interval,
     distinct_n,
     judge_nll,
     ngram_js,
@@ -141,6 +142,20 @@ def test_c2st_on_shuffled_labels_is_at_chance_within_its_interval():
         total += accuracy / 20
     assert abs(total - 0.5) < 4 * (0.25 / 160 / 20) ** 0.5
     assert outside <= 4  # binomial(20, 0.05) exceeds 4 with probability 0.003
+
+
+@pytest.mark.parametrize("shared, wilson_alone", [(0.0, 0.95), (0.12, 0.75)])
+def test_the_interval_of_an_accuracy_holds_where_neighbours_share_their_fate(shared, wilson_alone):
+    """Texts in runs of 32, told with 0.7 plus what a run shares; over 400 corpora each."""
+    rng = torch.Generator().manual_seed(0)
+    within = {16: 0, 1: 0}
+    for _ in range(400):
+        chance = 0.7 + shared * torch.randn(32, generator=rng).repeat_interleave(32)
+        correct = torch.rand(1024, generator=rng) < chance
+        for places in within:  # of one place, none has a neighbour: Wilson's alone
+            low, high = clustered_interval(correct, torch.arange(1024) * places // 1024)
+            within[places] += low < 0.7 < high
+    assert within[16] / 400 > 0.92 and abs(within[1] / 400 - wilson_alone) < 0.06
 
 
 def test_c2st_cannot_use_words_that_the_windows_of_a_document_share():
