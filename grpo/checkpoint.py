@@ -127,7 +127,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         description["config"],
         _read_tensors(folder / MODEL),
         _unpack(description["state"], _read_tensors(folder / TRAINING)),
-        description["provenance"],
+        description.get("provenance", {}),
     )
 
 

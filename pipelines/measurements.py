@@ -121,6 +121,9 @@ def check_splits(checkpoint: Path, data: DataSection, dataset: Dataset, key: str
         if trained[name] != getattr(data, name):
             raise ValueError(f"{key} {checkpoint} was trained with data.{name} {trained[name]!r} on this source, got "
                              f"{getattr(data, name)!r}, which splits it otherwise: it may know the text to measure by")
+    if known:
+        raise ValueError(f"{key} {checkpoint} was trained on splits of this source that another version of this "
+                         "program made: it may know the text to measure by; train it again")
 
 
 def load_scorer(path: str, tokenizer: Tokenizer, device: str = "cpu") -> GPT | None:

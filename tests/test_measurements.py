@@ -212,6 +212,8 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
     check_splits(folder, DataSection(source="mine.txt"), text("y", "c"), "--base")  # of the same name, and other text
     with pytest.raises(ValueError, match=told):
         check_splits(folder, other, text("y", "a", "b"), "--base")  # of another name, and the same text
+    with pytest.raises(ValueError, match="on splits of this source that another version of this program made"):
+        check_splits(folder, config.data, text("y", "a", "b"), "--base")
     with pytest.raises(ValueError, match="was trained on some of the files of data.source mine.txt.*other splits"):
         check_splits(folder, config.data, text("y", "a", "b", "c"), "--base")
 
