@@ -17,6 +17,7 @@ Run: python benchmarks/critic_quality.py [--quick] [--seeds N] [--data FILE]. Th
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -113,8 +114,8 @@ def main() -> None:
                                                                     "all tokens, at once"))
         ceiling = table["own trunk, filled at once"]["auroc"]
         plain = guided[f"random, {2 * N} steps, r=1.0"]["judge_nll"]
-        few, many = (min(row["judge_nll"] for name, row in guided.items() if name.startswith(f"critic, {steps} "))
-                     for steps in FEW_AND_MANY)
+        few, many = (min((row["judge_nll"] for name, row in guided.items() if name.startswith(f"critic, {steps} ")
+                          and not math.isnan(row["judge_nll"])), default=math.nan) for steps in FEW_AND_MANY)
         runs.append({
             "auroc": critic["auroc"], "ece": critic["ece"], "auroc_ceiling": ceiling,
             "auroc_share_of_ceiling": critic["auroc"] / ceiling, "auroc_wavefront": wave["auroc"],

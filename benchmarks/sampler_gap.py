@@ -163,9 +163,12 @@ def texts_by_step(config: Config, model: GPT, texts: Texts, repeats: int) -> tup
 
 
 def steps_ratio(figures: dict[str, float]) -> float:
-    """k of the sampler (8) over the k at which parallel sampling has its judge NLL; k = 1 is one by one."""
+    """k of the sampler (8) over the k at which parallel sampling has its judge NLL; k = 1 is one by one; NaN where
+    one of them has no figure."""
     nats = [figures["one_by_one_nll"], *(figures[f"matched_nll_parallel_k{k}"] for k in TOKENS_PER_STEP)]
     goal = figures["matched_nll_sampler_k8"]
+    if math.isnan(sum(nats) + goal):
+        return math.nan
     if goal >= nats[-1]:
         return 1.0
     octave = next(i for i, value in enumerate(nats) if value > goal)

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,15 @@ class Checkpoint:
     """What a checkpoint folder holds.
 
     architecture: what rebuilds the GPT. config: the run's resolved config. tensors: the GPT's, by name. state: the
-    training state, as it was given. provenance: `Dataset.provenance` of the text that it was trained on; empty where
-    that is not known.
+    training state, as it was given. provenance: `Dataset.provenance` of each text that it was trained on, its
+    base's first; empty where that is not known.
     """
 
     architecture: dict[str, Any]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     state: Any
-    provenance: dict[str, Any]
+    provenance: list[dict[str, Any]]
 
 
 def save_checkpoint(
@@ -68,7 +69,7 @@ def save_checkpoint(
     config: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     state: Any = None,
-    provenance: dict[str, Any] | None = None,
+    provenance: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write a checkpoint, replacing what has this name.
 
@@ -77,7 +78,7 @@ def save_checkpoint(
         tokenizer: saved beside the weights, so that the checkpoint can generate text by itself.
         state: tensors, numbers, strings and None in dicts, lists and tuples of any depth (optimizer and RNG states,
             buffers, counters). It comes back equal to the bit.
-        provenance: `Dataset.provenance` of the text that the model was trained on.
+        provenance: `Dataset.provenance` of each text that the model was trained on.
 
     Raises:
         ValueError: the tokenizer's ids are not the model's.
@@ -90,7 +91,7 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     training: dict[str, Tensor] = {}
     description = {"architecture": architecture(model), "config": config, "state": _pack(state, training, "state"),
-                   "provenance": provenance or {}}
+                   "provenance": list(provenance)}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
     save_file(_separate(merged_state(model)), temporary / MODEL)
     save_file(_separate(training), temporary / TRAINING)
@@ -127,7 +128,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         description["config"],
         _read_tensors(folder / MODEL),
         _unpack(description["state"], _read_tensors(folder / TRAINING)),
-        description.get("provenance", {}),
+        description.get("provenance", []),
     )
 
 

@@ -293,6 +293,7 @@ def start_actors(
     blueprint = Blueprint(
         model=base.model, vocabulary=base.vocabulary, block_size=base.block_size, reward=config.reward, gelu=base.gelu
     )
+    saved = load_checkpoint(paths.base)
     remasking = resolve_policy(config.denoise.remasking, base, load_remasking_model(config.denoise))
     torch.manual_seed(config.run.seed)  # the residual MLP in front of the lm head is drawn here
     base.untie(grpo.residual)
@@ -326,7 +327,8 @@ def start_actors(
             remasking=remasking,
             trunk=(trunk,),
             heads=(heads,),
-            mask_bias=(load_checkpoint(paths.base).state or {}).get("mask_bias"),
+            mask_bias=(saved.state or {}).get("mask_bias"),
+            provenance=saved.provenance,
             generators=generators,
             rewards=rewards,
         )

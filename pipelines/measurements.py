@@ -108,22 +108,19 @@ def check_splits(checkpoint: Path, data: DataSection, dataset: Dataset, key: str
     """
     saved, present = load_checkpoint(checkpoint), dataset.provenance
     trained, known = saved.config.get("data", {}), saved.provenance
-    if known:
-        if not set(known["sources"]) & set(present["sources"]) or known == present:
-            return
-        if known["sources"] != present["sources"]:
-            raise ValueError(f"{key} {checkpoint} was trained on some of the files of data.source {data.source}, "
-                             "beside others or fewer, so in other splits: it may know the text to measure by; give "
-                             "the same files")
-    elif trained.get("source") != data.source:
+    others = [text for text in known if set(text["sources"]) & set(present["sources"]) and text != present]
+    if known and not others or not known and trained.get("source") != data.source:
         return
+    if any(text["sources"] != present["sources"] for text in others):
+        raise ValueError(f"{key} {checkpoint} was trained on some of the files of data.source {data.source}, beside "
+                         "others or fewer, so in other splits: it may know the text to measure by; give the same files")
     for name in SPLIT_BY if known else SPLIT_BY[:-1]:
         if trained[name] != getattr(data, name):
             raise ValueError(f"{key} {checkpoint} was trained with data.{name} {trained[name]!r} on this source, got "
                              f"{getattr(data, name)!r}, which splits it otherwise: it may know the text to measure by")
     if known:
-        raise ValueError(f"{key} {checkpoint} was trained on splits of this source that another version of this "
-                         "program made: it may know the text to measure by; train it again")
+        raise ValueError(f"{key} {checkpoint} was trained on other splits of this source: it may know the text to "
+                         "measure by")
 
 
 def load_scorer(path: str, tokenizer: Tokenizer, device: str = "cpu") -> GPT | None:

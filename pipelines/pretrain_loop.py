@@ -130,7 +130,7 @@ def train(job: PretrainJob, ranks: Ranks, report: Report, log: Log) -> dict[str,
     def save(folder: Path, **more: Any) -> None:
         save_checkpoint(folder, trainer.model, config=to_dict(config), tokenizer=dataset.tokenizer,
                         state={**state, "step": step, "mask_bias": trainer.mask_bias.state_dict(), **more},
-                        provenance=dataset.provenance)
+                        provenance=[dataset.provenance])
 
     def save_to_resume() -> None:
         if ranks.rank == 0:

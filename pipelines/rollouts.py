@@ -48,6 +48,8 @@ class RoundsJob:
     """Reference of the base heads."""
     mask_bias: dict[str, float] | None
     """The base model's mask-bias controller, which the rounds go on steering; None: it has none."""
+    provenance: list[dict[str, Any]]
+    """Of the texts that the base model was trained on."""
     generators: list[Any]
     """Handles of the generator actors, in the order of the prompts that they own."""
     rewards: list[Any]

@@ -144,7 +144,7 @@ def train(
                 config=to_dict(config),
                 tokenizer=dataset.tokenizer,
                 state=state,
-                provenance=dataset.provenance,
+                provenance=[*job.provenance, dataset.provenance],
             )
             prune_checkpoints(job.folder / "checkpoints", grpo.keep, done)
 
@@ -211,7 +211,7 @@ def train(
             config=to_dict(config),
             tokenizer=dataset.tokenizer,
             state={"mask_bias": learner.mask_bias.state_dict()},
-            provenance=dataset.provenance,
+            provenance=[*job.provenance, dataset.provenance],
         )
     return {"history": history, **({"stopped": done} if done < total else {})}
 

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # `python pipelines/sample.py` puts pipelines/ first
 # ruff: noqa: E402
 import argparse
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -122,7 +121,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--num must be at least 1, got {args.num}")
     if args.length < 0:
         raise ValueError(f"--length must be at least 1, or 0 for data.block_size, got {args.length}")
-    args.prompt = os.fsencode(args.prompt).decode(errors="replace")  # bytes that are no UTF-8 become U+FFFD
+    args.prompt = args.prompt.encode(errors="surrogateescape").decode(errors="replace")  # what is no text: U+FFFD
     folder = find_checkpoint(args.checkpoint, "--checkpoint")
     checkpoint = load_checkpoint(folder)
     tokenizer = load_tokenizer(folder)

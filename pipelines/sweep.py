@@ -66,8 +66,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     check_space(config)
     check_objective(config)
-    first = {key: values[0] for key, (_, values) in config.sweep.ranges.items()}
-    resolve_rewards(with_values(config, first, "sweep.space").grpo.rewards)  # an unknown name is said first
+    weights = {key: values[0] for key, (_, values) in config.sweep.ranges.items() if key.startswith("grpo.rewards.")}
+    resolve_rewards(with_values(config, weights, "sweep.space").grpo.rewards)  # an unknown name is said first
     folder = run_folder(config.run, f"sweep-{config_hash(config)}")
     cache = str(Path(config.run.cache).expanduser().absolute())
     placed = replace(config, run=replace(config.run, output=str(folder.parent), cache=cache))

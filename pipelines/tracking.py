@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -369,7 +370,7 @@ def _news(record: dict[str, Any], held: Mapping[tuple[str, int], float]) -> list
     """Rows of a record of metrics that a store which holds these values lacks."""
     known = [held.get((name, step)) for name, _, _, step in record["rows"]]
     return [row for row, value in zip(record["rows"], known, strict=True)
-            if value is None or record.get("again") and value != row[1]]
+            if value is None or record.get("again") and value != row[1] and not math.isnan(row[1])]
 
 
 def _unsent(path: Path, start_step: int) -> list[dict[str, Any]]:

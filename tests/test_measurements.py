@@ -207,13 +207,17 @@ def test_a_model_is_not_measured_on_text_that_it_was_trained_on(tmp_path):
     with pytest.raises(ValueError, match="data.split_seed 0 on this source, got 3"):
         check_splits(folder, replace(config.data, split_seed=3), text("x", "a"), "--base")
     known = text("x", "a", "b").provenance
-    save_checkpoint(folder, model, config=to_dict(config), tokenizer=tokenizer, provenance=known)
+    save_checkpoint(folder, model, config=to_dict(config), tokenizer=tokenizer, provenance=[known])
     check_splits(folder, replace(config.data, source="/data/mine.txt"), text("x", "a", "b"), "--base")
     check_splits(folder, DataSection(source="mine.txt"), text("y", "c"), "--base")  # of the same name, and other text
     with pytest.raises(ValueError, match=told):
         check_splits(folder, other, text("y", "a", "b"), "--base")  # of another name, and the same text
-    with pytest.raises(ValueError, match="on splits of this source that another version of this program made"):
+    with pytest.raises(ValueError, match="on other splits of this source: it may know the text"):
         check_splits(folder, config.data, text("y", "a", "b"), "--base")
+    save_checkpoint(folder, model, config=to_dict(config), provenance=[known, text("z", "c").provenance])
+    check_splits(folder, config.data, text("z", "c"), "--base")
+    with pytest.raises(ValueError, match="on other splits of this source: it may know the text"):
+        check_splits(folder, config.data, text("y", "a", "b"), "--base")  # the text of its base, split otherwise
     with pytest.raises(ValueError, match="was trained on some of the files of data.source mine.txt.*other splits"):
         check_splits(folder, config.data, text("y", "a", "b", "c"), "--base")
 
@@ -228,7 +232,7 @@ def test_what_was_held_out_decides_whether_two_splits_are_the_same(change, same,
     assert config.data.block_size == 32
     dataset, other = (make_dataset(text, c.data, tmp_path / f"data-{i}") for i, c in enumerate((config, changed)))
     model = GPT(config.model, dataset.vocabulary, block_size=32)
-    folder = save_checkpoint(tmp_path / "model", model, config=to_dict(config), provenance=dataset.provenance)
+    folder = save_checkpoint(tmp_path / "model", model, config=to_dict(config), provenance=[dataset.provenance])
     if same:
         check_splits(folder, changed.data, other, "--base")
         return

@@ -97,9 +97,8 @@ def test_choices_hold_nothing_that_grows_with_draws_times_positions(kind):
     model, rollout = large(kind, steps=8)
     choices = rollout.choices
     assert len(choices.draw) > 3 * len(choices.turns)  # several draws a choice
-    largest = max(choices.turns.numel(), choices.hidden.numel())
-    held = [getattr(choices, f.name) for f in fields(choices)]
-    assert max(value.numel() for value in held if isinstance(value, torch.Tensor)) == largest
+    held = {f.name: getattr(choices, f.name) for f in fields(choices) if f.name != "hidden"}
+    assert max(value.numel() for value in held.values() if isinstance(value, torch.Tensor)) <= 2 * choices.turns.numel()
 
 
 @pytest.mark.parametrize("positions", [False, True])
