@@ -174,7 +174,8 @@ def adversarial(config: Config, dataset: Dataset, base: Path) -> Path:
 def rounds_follow_from(config: Config) -> tuple:
     """What adversarial rounds are a function of, beside their base, data and seed; the words tell them from those of
     earlier code, which a cache may still hold."""
-    return ("with the base's mask-bias controller", config.denoise, config.grpo, config.reward, config.corruption, config.loss, config.mask_bias)
+    return ("with the base's mask-bias controller", config.denoise, config.grpo, config.reward, config.corruption,
+            config.loss, config.mask_bias)
 
 
 def remembered(config: Config, compute: Callable[[], dict], kind: str, *decides: object) -> dict:
