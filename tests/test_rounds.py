@@ -21,7 +21,7 @@ from grpo.data import make_dataset, open_dataset
 from grpo.model import GPT
 from grpo.reward_functions import RewardFunctionError
 from grpo.run_checkpoints import latest_checkpoint
-from pipelines.grpo import Paths, start_actors
+from pipelines.grpo import Paths, check_base, start_actors
 from pipelines.progress import start_board
 from pipelines.ranks import Ranks
 from pipelines.rollouts import publish, shared_by
@@ -155,6 +155,23 @@ def test_a_users_reward_can_do_without_an_adversary(paths, tmp_path):
     assert all(row["reward"] == pytest.approx(row[VOWELS]) for row in history)
     undisturbed, same = run(configure(adversary=0.0), paths, tmp_path / "again")
     assert undisturbed == history and all(torch.equal(tensors[name], same[name]) for name in same)
+
+
+def test_a_checkpoint_of_rounds_holds_the_provenance_of_both_its_texts(paths, tmp_path):
+    tokenizer, base = open_dataset(paths.dataset).tokenizer, load_model(paths.base)
+    earlier = {"sources": ["of the base"], "held_out": "there"}
+    save_checkpoint(tmp_path / "base", base, config={}, tokenizer=tokenizer, provenance=[earlier])
+    run(configure(rounds=1), replace(paths, base=tmp_path / "base"), tmp_path / "run")
+    expected = [earlier, open_dataset(paths.dataset).provenance]
+    assert load_checkpoint(tmp_path / "run" / "final").provenance == expected
+
+
+def test_a_base_that_writes_no_text_is_refused(paths, tmp_path):
+    data = open_dataset(paths.dataset)
+    model = GPT(ModelSection(n_layer=1, n_head=2, n_embd=16), data.vocabulary, block_size=16, mode="token_classifier")
+    save_checkpoint(tmp_path / "base", model, config={}, tokenizer=data.tokenizer)
+    with pytest.raises(ValueError, match="^grpo.base .* is a token_classifier: give the checkpoint of a generator"):
+        check_base(tmp_path / "base", configure(), paths.dataset)
 
 
 def test_what_helps_after_an_error():
