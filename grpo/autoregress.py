@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ def generate(
     top_p: float = 1.0,
     seeds: Tensor,
     record: bool = False,
+    on_token: Callable[[int], object] | None = None,
 ) -> Tensor | Generation:
     """Continue texts.
 
@@ -66,6 +68,7 @@ def generate(
         seeds: [B] int64, one per text, B = N x G: text n x G + g continues prompt n. A text does not depend on its
             batch mates.
         record: return a `Generation` with the actions' states and log-probabilities.
+        on_token: called with how many tokens each text has gained.
 
     Returns:
         [B, P + num_new] int64, or a `Generation` that holds them.
@@ -95,6 +98,8 @@ def generate(
             texts[:, position] = drawn.tokens
             if record:
                 actions.append((hidden, drawn))
+            if on_token is not None:
+                on_token(position - start + 1)
     if not record:
         return texts
     by_row = lambda columns: torch.stack(columns, dim=1).flatten(0, 1)  # noqa: E731

@@ -6,7 +6,8 @@
    single values. Texts and settings go to `runs/sample-HASH`, or to the `run.name` of the command line.
 2. Bidirectional checkpoints denoise (`grpo/denoise.py`), causal ones continue token by token (`grpo/autoregress.py`)
    and have no steps to watch.
-3. `--live` shows the first text; the page of `--html` holds all of them.
+3. `--live` shows the first text; without it a bar counts the steps, or a causal model's tokens. The page of `--html`
+   holds all texts.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from grpo.tokenizer import Tokenizer
 from pipelines.denoising_page import write_page
 from pipelines.launch import checkpoint_config, launch
 from pipelines.live_view import Recorder, counts, legend, render
+from pipelines.progress import Display
 from pipelines.run_folder import check_file, run_folder
 
 SAMPLE_STREAM = 41
@@ -86,6 +88,19 @@ def shown(recorder: Recorder, console: Console, delay: float) -> Iterator[Callab
         yield on_step
 
 
+@contextlib.contextmanager
+def counted(recorder: Recorder | None, console: Console, steps: int) -> Iterator[Callable[[StepRecord], None]]:
+    """A bar of the steps; the recorder, if there is one, keeps each."""
+    with Display(console) as display:
+
+        def on_step(record: StepRecord) -> None:
+            if recorder:
+                recorder(record)
+            display.phase("steps", record.step + 1, steps)
+
+        yield on_step
+
+
 def write(
     model: GPT, tokenizer: Tokenizer, config: Config, prompt: Tensor, args: argparse.Namespace, *, mask_bias: float,
     console: Console,
@@ -97,15 +112,18 @@ def write(
     if model.trunk.causal:
         if not len(prompt):
             prompt = prompt_tokens(START, tokenizer, length).to(device)
-        texts = generate(model, prompt.expand(args.num, -1), num_new=length - len(prompt), seeds=seeds,
-                         temperature=settings.temperature, top_p=settings.top_p)
+        num_new = length - len(prompt)
+        with Display(console) as display:
+            texts = generate(model, prompt.expand(args.num, -1), num_new=num_new, seeds=seeds,
+                             temperature=settings.temperature, top_p=settings.top_p,
+                             on_token=lambda done: display.phase("tokens", done, num_new))
         return texts, None
     masked = prompt.new_full((args.num, length), tokenizer.vocabulary.mask_id)
     masked[:, : len(prompt)] = prompt
     remasking_model = load_remasking_model(settings, tokenizer=tokenizer, device=device)
     policy = resolve_policy(settings.remasking, model, remasking_model)
     recorder = Recorder(tokenizer, settings.steps) if args.live or args.html else None
-    with shown(recorder, console, args.delay) if args.live else contextlib.nullcontext(recorder) as on_step:
+    with shown(recorder, console, args.delay) if args.live else counted(recorder, console, settings.steps) as on_step:
         texts = denoise(
             model, masked, seeds=seeds, steps=settings.steps, schedule=settings.schedule,
             temperature=settings.temperature, top_p=settings.top_p, remasking=policy, randomness=settings.randomness,
@@ -129,8 +147,9 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(folder, device=device).eval()
     if model.mode != "language_model":
         raise ValueError(f"--checkpoint {args.checkpoint} is a {model.mode}, which writes no text; give a generator's")
-    if args.html and model.trunk.causal:
-        raise ValueError("--html shows denoising steps, which a causal checkpoint does not have")
+    if (args.html or args.live) and model.trunk.causal:
+        raise ValueError(f"{'--html' if args.html else '--live'} shows denoising steps, which a causal checkpoint does "
+                         "not have: leave it out")
     if args.html:
         check_file(Path(args.html), "--html")
     asked = config_hash(config, str(folder), args.prompt, args.num, args.length)

@@ -68,11 +68,11 @@ def test_cached_generation_equals_the_uncached_loop(position, temperature, top_p
     torch.testing.assert_close(record.logprobs.float(), logprobs, rtol=1e-5, atol=1e-5)
 
 
-def test_each_token_is_read_once():
-    model, read = make(), []
+def test_each_token_is_read_and_told_once():
+    model, read, told = make(), [], []
     model.trunk.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].shape[1]))
-    generate(model, prompts(), num_new=NEW, seeds=SEEDS)
-    assert read == [P] + [1] * (NEW - 1)
+    generate(model, prompts(), num_new=NEW, seeds=SEEDS, on_token=told.append)
+    assert read == [P] + [1] * (NEW - 1) and told == list(range(1, NEW + 1))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

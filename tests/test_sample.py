@@ -71,6 +71,7 @@ def test_a_text_does_not_depend_on_how_many_are_written(runs, tmp_path):
     for name, num in (("few", 1), ("many", 3)):
         done = run(tmp_path, "--checkpoint", runs / "diffusion", "--num", num, f"run.name={name}", module=True)
         assert done.returncode == 0, done.stderr
+        assert "steps 3/3" in done.stdout
     assert summary_of(tmp_path, "few")["texts"] == summary_of(tmp_path, "many")["texts"][:1]
 
 
@@ -80,6 +81,7 @@ def test_causal_checkpoints_continue_token_by_token(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = summary_of(tmp_path, "causal")
     assert summary["num_tokens"] == 24 and all(text.startswith("Say: ") for text in summary["texts"])
+    assert "tokens 7/7" in done.stdout
 
 
 @pytest.mark.parametrize("config", ["the checkpoint's", "its run's file"])
@@ -98,6 +100,7 @@ def test_the_sampled_run_keeps_its_folder_to_itself(runs, tmp_path, config):
     (("--checkpoint", "{diffusion}", "--num", "0"), "--num must be at least 1"),
     (("--checkpoint", "{diffusion}", "--length", "-5"), "--length must be at least 1, or 0"),
     (("--checkpoint", "{causal}", "--html", "page.html"), "--html shows denoising steps"),
+    (("--checkpoint", "{causal}", "--live"), "--live shows denoising steps"),
     (("--checkpoint", "{diffusion}", "denoise.step=4"), "did you mean denoise.steps?"),
     (("--checkpoint", "{diffusion}", "grpo.prompt_tokens=23"), "below data.block_size (24)"),
 ])
