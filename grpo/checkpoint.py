@@ -367,7 +367,9 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Copies, which leave the file unmapped: on NFS the folder of a mapped file cannot be deleted, and a resumed run
+    deletes the checkpoint that it began from."""
     try:
-        return load_file(path)
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is missing or damaged: use an earlier checkpoint") from error

@@ -64,7 +64,7 @@ def prune_checkpoints(root: str | Path, keep: int, step: int) -> None:
     kept = [folder for folder in _checkpoints(root) if folder.name <= newest.name][-keep:]
     for folder in (*_checkpoints(root), *Path(root).glob(".step-*")):
         if folder not in kept:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # who reads it may hold a file; the next call tries again
 
 
 def mend_interrupted(folder: str | Path) -> None:

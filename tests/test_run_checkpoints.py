@@ -1,12 +1,13 @@
 """Which of a run's checkpoints is gone on from, and which are kept."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from grpo import checkpoint as checkpoints
-from grpo.checkpoint import load_model, save_checkpoint
+from grpo.checkpoint import load_checkpoint, load_model, save_checkpoint
 from grpo.run_checkpoints import (
     checkpoint_folder,
     latest_checkpoint,
@@ -17,6 +18,7 @@ from grpo.run_checkpoints import (
 from tests.test_checkpoint import make, same_tensors
 
 torch.set_num_threads(1)
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -47,6 +49,16 @@ def test_pruning_keeps_the_newest(tmp_path):
         save_checkpoint(checkpoint_folder(tmp_path, step), make(), config={})
     prune_checkpoints(tmp_path, 2, 300)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000040", "step-00000300"]
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs /proc")
+def test_a_loaded_checkpoint_s_files_are_not_held(tmp_path):
+    """NFS would keep the folder of a file that is still mapped."""
+    state = {"learner": {"moments": torch.arange(1000.0)}}
+    save_checkpoint(tmp_path / "one", make(), config={}, state=state)
+    held = load_checkpoint(tmp_path / "one")
+    assert torch.equal(held.state["learner"]["moments"], state["learner"]["moments"]) and held.tensors
+    assert str(tmp_path) not in MAPS.read_text()
 
 
 def test_a_user_s_copy_of_a_checkpoint_stays_and_is_not_gone_on_from(tmp_path):
