@@ -1,9 +1,9 @@
 """Where the processes of the adversarial rounds go: what Ray books for each, and which of them share a node.
 
 1. A rank's generators and reward actors stand in one bundle of a placement group, so that rollouts stay in the node's
-   object store and a fraction of a GPU is one GPU's. Where nothing is booked for them, there is nothing to place, and
-   Ray chooses the node.
-2. Inside a placement group (a trial of a sweep) actors take what that group holds.
+   object store and a fraction of a GPU is one GPU's. What books nothing Ray would put anywhere, a head without CPUs
+   included: such actors go to the node that has the most CPUs, or with `SPREAD` to all nodes with CPUs in turn.
+2. Inside a placement group (a trial of a sweep) actors take what that group holds, or stay on its process's node.
 3. A demand that the cluster cannot meet is an error and no silent wait; with `cluster.device: cuda` a cluster may grow,
    so there it is a wait.
 4. Ray looks for a node by the sum of its GPUs and only there for one GPU that has enough left, the fullest first:
@@ -137,7 +137,7 @@ def task_options(cluster: ClusterSection) -> dict[str, float]:
         ValueError: the cluster never has that much.
     """
     nodes = node_resources()
-    if total(nodes, "CPU") < 1:
+    if total(nodes, "CPU") < 1 and not may_grow(cluster):
         raise ValueError(f"a measurement takes 1 CPU, the cluster has {total(nodes, 'CPU'):g}: add a node")
     return {"num_cpus": 1, "num_gpus": cluster.booked("learner", on_gpu=on_gpu(cluster, nodes)).get("GPU", 0)}
 
@@ -160,11 +160,29 @@ def at_once(nodes: list[Resources], *bundles: Resources) -> tuple[int, int]:
     return times({name: total(nodes, name) for name in needs}), max(1, *map(times, nodes))
 
 
+def this_node() -> str:
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def homes_of(placement: str) -> list[str]:
+    """Ids of the nodes that take, in turn, the pairs of actors for which nothing is booked; none where no node has a
+    CPU yet.
+    """
+    import ray
+
+    cpus = {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]}
+    here = this_node()
+    homes = sorted(filter(cpus.get, cpus), key=lambda node: (-cpus[node], node != here))
+    return homes if placement == "SPREAD" else homes[:1]
+
+
 @contextmanager
 def placed(cluster: ClusterSection, grpo: GrpoSection, *, on_gpu: bool, timeout_s: float) -> Iterator[list[tuple]]:
     """Options of the generator and of the reward actor, pair by pair; the body ends before their places do."""
     from ray.util.placement_group import get_current_placement_group, placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
     per_rank = grpo.rollout_actors // grpo.num_workers
     booked = [cluster.booked(kind, per_rank=per_rank, on_gpu=on_gpu) for kind in ("generator", "reward")]
@@ -179,12 +197,16 @@ def placed(cluster: ClusterSection, grpo: GrpoSection, *, on_gpu: bool, timeout_
                 f"(cluster.placement is {cluster.placement}); {free_resources()}"
             )
 
+    homes = [] if bundle else homes_of(cluster.placement) if around is None else [this_node()]
+
     def options(pair: int, mine: Resources) -> dict[str, Any]:
-        where: Any = "SPREAD" if cluster.placement == "SPREAD" and not bundle else "DEFAULT"
+        where: Any = "DEFAULT"
         if own is not None:
             where = PlacementGroupSchedulingStrategy(own, placement_group_bundle_index=pair // per_rank)
         elif bundle:  # "DEFAULT" would leave the group
             where = PlacementGroupSchedulingStrategy(around)
+        elif homes:
+            where = NodeAffinitySchedulingStrategy(homes[pair % len(homes)], soft=True)
         return {"num_cpus": mine.get("CPU", 0), "num_gpus": mine.get("GPU", 0), "scheduling_strategy": where}
 
     try:

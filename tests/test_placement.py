@@ -110,6 +110,49 @@ def test_every_rank_gets_a_gpu_of_its_own():
     assert len(set(learners)) == 4 and {len(place) for place in places} == {2}
 
 
+HEAD_WITHOUT_CPUS = """
+import json
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from grpo.config import ClusterSection, GrpoSection
+from pipelines.placement import placed, this_node
+
+def homes(placement, actors):
+    grpo = GrpoSection(rollout_actors=actors, prompts=actors)
+    with placed(ClusterSection(placement=placement), grpo, on_gpu=False, timeout_s=30) as pairs:
+        where = ray.remote(this_node)
+        return ray.get([where.options(**options).remote() for pair in pairs for options in pair], timeout=60)
+
+nodes = Cluster()
+for cpus in (0, 2, 3):
+    nodes.add_node(num_cpus=cpus, object_store_memory=80 * 2**20, include_dashboard=False)
+ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+group = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
+trials = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(2)]
+trial = ray.remote(num_cpus=1)(lambda: (this_node(), homes("PACK", 1)))
+print(json.dumps({
+    "cpus": {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes()},
+    "PACK": homes("PACK", 4), "SPREAD": homes("SPREAD", 4),
+    "trials": ray.get([trial.options(scheduling_strategy=each).remote() for each in trials], timeout=60),
+}))
+"""
+
+
+def test_actors_that_book_nothing_keep_off_a_head_without_cpus():
+    done = subprocess.run([sys.executable, "-c", HEAD_WITHOUT_CPUS], capture_output=True, text=True, timeout=180,
+                          cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    cpus = found["cpus"]
+    assert sorted(cpus.values()) == [0, 2, 3]
+    assert [cpus[node] for node in found["PACK"]] == [3] * 8
+    assert [cpus[node] for node in found["SPREAD"]] == [3, 3, 2, 2] * 2
+    assert all(set(actors) == {trial} for trial, actors in found["trials"]) and len(found["trials"]) == 2
+
+
 def test_a_run_says_what_it_computes_on():
     auto, nodes = ClusterSection(), [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
     assert computes_on(auto, nodes, 1, "a.b") == "on 2 GPUs, 1 of them used (a.b)"
@@ -122,6 +165,8 @@ def test_gpus_that_are_asked_for_are_waited_for_on_a_cluster_and_missed_on_a_mac
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     check_fits(cuda, GRPO, nodes)
     assert computes_on(cuda, nodes, 2, "a.b") == "on 2 GPUs (a.b), of which the cluster has 0 now"
+    assert task_options(cuda) == {"num_cpus": 1, "num_gpus": 0.4}
+    monkeypatch.setattr("pipelines.placement.node_resources", lambda: [{"memory": 1e9}])  # scaled to a head alone
     assert task_options(cuda) == {"num_cpus": 1, "num_gpus": 0.4}
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(ValueError, match="^cluster.device is cuda, but Ray sees no CUDA GPU on this machine: set "):
@@ -181,8 +226,6 @@ def test_a_pair_of_actors_shares_a_bundle_and_leaves_nothing_behind(ray_session)
         assert bundles == [[0, 0], [0, 0], [1, 1], [1, 1]]  # one bundle per rank
         where = ray.remote(lambda: ray.get_runtime_context().get_placement_group_id())
         assert ray.get([where.options(**options).remote() for pair in pairs for options in pair], timeout=60)[0]
-    with placed(ClusterSection(placement="SPREAD"), GRPO, on_gpu=False, timeout_s=30) as pairs:
-        assert pairs[0][0] == {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": "SPREAD"}
     with pytest.raises(TimeoutError, match="waited 1 s for 2 places of .*cluster.placement is STRICT_PACK"):
         with placed(ClusterSection(generator_cpus=16, placement="STRICT_PACK"), GRPO, on_gpu=False, timeout_s=1):
             pass
