@@ -31,7 +31,8 @@ class RunSection:
     seed: int = 0
     """Seed of every random draw of the run."""
     output: str = "runs"
-    """Folder that holds one folder per run. Relative to the current directory."""
+    """Folder that holds one folder per run. Relative to the current directory. On a cluster of storage that all nodes
+    mount, like `cache`."""
     cache: str = "~/.cache/grpo-diffusion"
     """Folder of prepared data, base models and judges, each named by the hash of what made it."""
     timeout_s: float = 900.0
@@ -45,6 +46,9 @@ class RunSection:
         check(0 <= self.seed < 1 << 32, "run.seed", "between 0 and 2^32 - 1", self.seed)
         check(self.timeout_s > 0, "run.timeout_s", "positive", self.timeout_s)
         check(self.threads >= 0, "run.threads", "0 (automatic) or more", self.threads)
+        for name in ("output", "cache"):
+            path = getattr(self, name)
+            check("://" not in path, f"run.{name}", "a folder, of storage that all nodes mount, and no URI", path)
         plain = "/" not in self.name and self.name not in (".", "..")
         check(plain, "run.name", "a folder's name: without '/', and neither '.' nor '..'", self.name)
 

@@ -2,8 +2,9 @@
 
 1. Ray Train starts its workers again after a dead one; the loop goes on from the newest checkpoint of the run's folder,
    so nothing of Ray Train's own storage is kept.
-2. It waits for CPUs and GPUs that others hold for a share of `run.timeout_s` each time, and ends after as many times as
-   workers may die. That it waits it logs below the level that is shown, so the driver says it.
+2. It waits for CPUs and GPUs that others hold for a share of `run.timeout_s` each time, and ends after as many waits in
+   vain as workers may die, however far apart. That it waits it logs below the level that is shown, so the driver says
+   it.
 3. `fit` runs beside the main thread, which keeps its signal handlers: SIGTERM and Ctrl-C reach the loop by the board,
    and end the waiting at once while no worker has begun.
 """
@@ -98,8 +99,8 @@ def fit(
         ended = f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}"
         if isinstance(error, ray.train.ControllerError):
             ended = (
-                f"Ray Train could not start {workers.num_workers} workers (run.timeout_s is {timeout_s:g}, "
-                f"{free_resources()}): {reason_of(error)}"
+                f"Ray Train could not start {workers.num_workers} workers in {MAX_FAILURES + 1} waits of this run "
+                f"(run.timeout_s, of all together, is {timeout_s:g}; {free_resources()}): {reason_of(error)}"
             )
         raise RuntimeError(f"{ended}; the same command goes on after {unit} {newest_step(job.folder)}") from error
     finally:

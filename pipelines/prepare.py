@@ -71,10 +71,6 @@ def prepare(data: DataSection, cache: str, display: Display | None = None) -> Pa
     tokenizer = build_tokenizer(data.tokenizer, _sample(parts, data, display))
     with partial_folder(folder) as partial:
         shards = _write_on_ray(_pieces(parts), data, tokenizer, partial, display)
-        lost = next((shard["file"] for shard in shards if not (partial / shard["file"]).exists()), None)
-        if lost:
-            raise ValueError(f"run.cache: {partial / lost} was written on another node and is not visible here: set "
-                             "run.cache to storage that all nodes share")
         finish_dataset(partial, data, tokenizer, shards, sources)
     _whole.add(folder)
     return folder
@@ -121,6 +117,9 @@ def _write_on_ray(
 
     def write(row: dict[str, Any]) -> dict[str, Any]:
         piece = int(row["id"])
+        if not folder.is_dir():
+            lost = f"run.cache: not every node sees {folder}: set run.cache to storage that all nodes share"
+            return {"piece": piece, "shards": "[]", "error": lost}
         documents = (text for part in pieces[piece] for text in read_part(part, data.text_column, data.separator))
         try:
             shards, error = write_piece(documents, data, tokenizer, folder, piece), ""

@@ -33,7 +33,7 @@ from grpo.files import write_text
 from grpo.metrics import merge_sums
 from grpo.model import GPT
 from grpo.run_checkpoints import checkpoint_folder, newest_step, prune_checkpoints
-from pipelines.ranks import Ranks, worker_ranks
+from pipelines.ranks import Ranks, agreed, check_shared, worker_ranks
 from pipelines.tracking import Tracker
 
 KEEP = 2
@@ -64,6 +64,7 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     job: PretrainJob = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
     try:
+        check_shared(job.folder, ranks)
         if ranks.rank > 0:
             return train(job, ranks, lambda done, figures: False, lambda figures, step: None)
         board = settings["board"]
@@ -197,12 +198,10 @@ def _continued_curve(folder: Path, step: int) -> Path:
 
 def _resume(folder: Path, trainer: Pretrainer, ranks: Ranks) -> dict[str, Any]:
     """Load the checkpoint that is the newest to rank 0, if there is one; returns the loop's state."""
-    newest = _agreed(newest_step(folder) if ranks.rank == 0 else 0, ranks)
+    newest = agreed(newest_step(folder) if ranks.rank == 0 else 0, ranks)
     if not newest:
         return {"step": 0, "read_at": 0, "sums": {}, "trained_s": 0.0, "last": {}, "best": {}}
     newest = checkpoint_folder(folder / "checkpoints", newest)
-    if _agreed(int(not newest.is_dir()), ranks):
-        raise ValueError(f"run.output: not every rank sees {newest}: set run.output to storage that all nodes share")
     checkpoint = load_checkpoint(newest)
     try:
         load_into(trainer.model, checkpoint.tensors)
@@ -214,16 +213,11 @@ def _resume(folder: Path, trainer: Pretrainer, ranks: Ranks) -> dict[str, Any]:
     return state | {"sums": sums}
 
 
-def _agreed(value: int, ranks: Ranks) -> int:
-    """The largest of all ranks' values."""
-    return int(ranks.all_reduce(torch.tensor(value, device=ranks.device), "max"))
-
-
 def _all_stop(stop: bool, ranks: Ranks, meeting: bool) -> bool:
     """Whether to leave now. All ranks must leave after the same step, so they ask each other, but only at meetings."""
     if ranks.world == 1:
         return stop
-    return meeting and bool(_agreed(int(stop), ranks))
+    return meeting and bool(agreed(int(stop), ranks))
 
 
 def _finite(figures: dict[str, float], first: int, last: int) -> dict[str, float]:

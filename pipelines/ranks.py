@@ -2,12 +2,14 @@
 
 1. Learners know no ranks: they get `wrap`, which makes a module data-parallel, and `all_reduce`.
 2. A world of one needs neither, so it has neither.
+3. What one rank alone would leave at, all ask each other before (`agreed`): the others would wait for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,6 +41,21 @@ def worker_ranks(threads: int) -> Ranks:
     if world == 1:
         return Ranks(device=str(device))
     return Ranks(rank=rank, world=world, wrap=_data_parallel, all_reduce=_all_reduce, device=str(device))
+
+
+def agreed(value: int, ranks: Ranks) -> int:
+    """The largest of all ranks' values."""
+    return int(ranks.all_reduce(torch.tensor(value, device=ranks.device), "max"))
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise a ValueError, on every rank, unless each sees what the driver has begun in a run's folder.
+
+    A rank elsewhere would make the folder on its own node's disk, train to the end, and leave the model there.
+    """
+    if agreed(int(not (folder / "config.yaml").exists()), ranks):
+        raise ValueError(f"run.output: not every process of the run sees {folder}: set run.output and run.cache to "
+                         "storage that all nodes share")
 
 
 def _data_parallel(module: nn.Module) -> nn.Module:

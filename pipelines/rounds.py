@@ -28,7 +28,7 @@ from grpo.data import open_dataset
 from grpo.reward_functions import RewardFunctionError
 from grpo.run_checkpoints import checkpoint_folder, latest_checkpoint, newest_step, prune_checkpoints
 from grpo.text_quality import distinct_n
-from pipelines.ranks import Ranks, worker_ranks
+from pipelines.ranks import Ranks, check_shared, worker_ranks
 from pipelines.rollouts import Rollouts, RoundsJob, Share, fetch, newest_heads, own, publish, shared_by
 from pipelines.tracking import Tracker
 
@@ -45,6 +45,10 @@ def worker_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each rank; returns what `train` does, or {"error": reason}."""
     job: RoundsJob = settings["job"]
     ranks = worker_ranks(job.config.run.threads)
+    try:
+        check_shared(job.folder, ranks)
+    except ValueError as error:
+        return {"error": str(error)}
     board, timeout_s = settings["board"], job.config.run.timeout_s
     share = own if ranks.world == 1 else shared_by(board, ranks, timeout_s)
     if reason := fetch(board.failure.remote(), "the progress board", timeout_s):

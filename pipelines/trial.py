@@ -35,7 +35,7 @@ from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, check_base, start_actors
 from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
 from pipelines.pretrain_loop import read_curve
-from pipelines.ranks import Ranks
+from pipelines.ranks import Ranks, check_shared
 from pipelines.rollouts import RoundsJob
 from pipelines.run_folder import alone
 from pipelines.tracking import Tracker
@@ -107,6 +107,11 @@ class Trial:
         self.open, self.reported = ExitStack(), 0
         self.tracker: Tracker | None = None
         self.job: RoundsJob | None = None
+        try:
+            check_shared(shared.folder, self.ranks)
+        except ValueError as error:
+            shared.board.note.remote(str(error))
+            raise
         self.open.enter_context(alone(self.folder))
         self.record = read_trial(self.folder) or new_record(self.folder, values)
         write_json(self.folder / "trial.json", self.record)

@@ -94,7 +94,7 @@ def test_workers_that_find_no_place_are_said_and_not_waited_for_without_end(othe
     config, shown = Config(run=RunSection(timeout_s=4.0)), io.StringIO()
     job = PretrainJob(config=config, dataset=tmp_path, folder=tmp_path)
     with Display(Console(file=shown, width=120)) as display:
-        with pytest.raises(RuntimeError, match="not start 2 workers .run.timeout_s is 4, 0 CPUs .* are free.: "):
+        with pytest.raises(RuntimeError, match="not start 2 workers in 4 waits .* is 4; 0 CPUs .* are free.: "):
             fit(dict, job, TRACKER, display, workers=ScalingConfig(num_workers=2), unit="step")
     assert shown.getvalue() == "waiting for 2 Ray Train workers to begin: 0 CPUs and 0 GPUs are free\n"
 

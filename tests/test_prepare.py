@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import io
 import json
@@ -107,6 +108,14 @@ def test_a_mistake_met_in_a_worker_is_one_line(ray_session, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             prepare(dataclasses.replace(section, **options), str(tmp_path / "cache"))
         assert "\n" not in str(error.value) and not list((tmp_path / "cache").glob("*data-*"))
+
+
+@pytest.mark.ray
+def test_a_cache_that_a_node_does_not_see_is_one_line(ray_session, tmp_path, monkeypatch):
+    section = write_corpus(tmp_path / "corpus")
+    monkeypatch.setattr("pipelines.prepare.partial_folder", lambda folder: contextlib.nullcontext(tmp_path / "away"))
+    with pytest.raises(ValueError, match="^run.cache: not every node sees .*/away: set run.cache to storage that all"):
+        prepare(section, str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("override,message", [

@@ -33,7 +33,7 @@ from grpo.run_checkpoints import newest_step
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain, what_decides
 from pipelines.pretrain_loop import PretrainJob, _resume, make_trainer, read_curve, train
-from pipelines.ranks import Ranks
+from pipelines.ranks import Ranks, check_shared
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,7 @@ def test_stopped_anywhere_and_resumed_is_bitwise_the_undisturbed_run(dataset, tm
             k: v for k, v in whole.items() if not k.endswith("_s")}
 
 
-def test_a_rank_resumes_where_rank_0_does_or_not_at_all(dataset, tmp_path):
+def test_a_rank_resumes_where_rank_0_does(dataset, tmp_path):
     run(CONFIG, dataset, tmp_path, stop_at=33)  # checkpoints 30 and 33
     asked = []
 
@@ -103,9 +103,18 @@ def test_a_rank_resumes_where_rank_0_does_or_not_at_all(dataset, tmp_path):
 
     seen = Ranks(rank=1, all_reduce=beside(30))
     state = _resume(tmp_path, make_trainer(CONFIG, open_dataset(dataset), Ranks()), seen)
-    assert state["step"] == 30 and asked == ["max", "max"]
-    with pytest.raises(ValueError, match="run.output: not every rank sees .*step-00000045: set run.output to storage"):
-        _resume(tmp_path, make_trainer(CONFIG, open_dataset(dataset), Ranks()), Ranks(rank=1, all_reduce=beside(45)))
+    assert state["step"] == 30 and asked == ["max"]
+
+
+def test_a_folder_that_a_rank_does_not_see_is_said_by_all_ranks(tmp_path):
+    def run(sees, others):
+        (tmp_path / "config.yaml").write_text("") if sees else (tmp_path / "config.yaml").unlink(missing_ok=True)
+        check_shared(tmp_path, Ranks(all_reduce=lambda tensor, op: torch.tensor(max(int(tensor), not others))))
+
+    run(sees=True, others=True)
+    for sees, others in ((True, False), (False, True)):
+        with pytest.raises(ValueError, match="run.output: not every process of the run sees .*: set run.output and "):
+            run(sees, others)
 
 
 def test_the_curve_on_disk_is_the_undisturbed_run_s(dataset, tmp_path):

@@ -162,6 +162,8 @@ def test_what_ails_the_store_of_rank_0_is_noted_on_the_board(loop, tmp_path, mon
     notes, blocked = [], tmp_path / "store"
     blocked.write_text("a file where the folder of the database belongs")
     board = SimpleNamespace(note=SimpleNamespace(remote=notes.append), failure=SimpleNamespace(remote=lambda: ""))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
     settings = {"job": SimpleNamespace(config=Config(), folder=tmp_path / "run"), "board": board, "mlflow_run": None,
                 "tracking": TrackingSection(uri=f"sqlite:///{blocked}/mlflow.db")}
     monkeypatch.setattr(loop, "worker_ranks", lambda threads: Ranks())
