@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
+from actors.threads import set_up_torch
 from actors.trunk_store import Blueprint, mount, to_arrays
 from benchmarks.adversarial import Adversary
 from benchmarks.pretrain_speed import needed_flops, our_step
@@ -165,7 +166,7 @@ def _hold(tensors: dict[str, torch.Tensor], ready, done) -> None:
 
 def measure(args: argparse.Namespace, seed: int) -> dict[str, float | None]:
     small = args.quick or args.device == "cpu"
-    torch.set_float32_matmul_precision("high")
+    set_up_torch(args.device)
     figures = training(args, seed, small) | one_round(args, seed, small)
     peak = torch.cuda.max_memory_allocated() / 1e9 if args.device != "cpu" else None
     return figures | {"peak_gb": peak, "ipc_second_actor_share": ipc_share(args, seed, small)}

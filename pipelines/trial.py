@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from actors.threads import worker_threads
+from actors.threads import set_up_torch, worker_threads
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.files import write_json
@@ -110,7 +110,7 @@ class Trial:
         self.open.enter_context(alone(self.folder))
         self.record = read_trial(self.folder) or new_record(self.folder, values)
         write_json(self.folder / "trial.json", self.record)
-        torch.set_num_threads(worker_threads(shared.config.run.threads, shared.neighbors))
+        set_up_torch(shared.device, worker_threads(shared.config.run.threads, shared.neighbors))
 
     def step(self) -> dict[str, float]:
         """The next report: figures so far, the first one after pretraining, then one after each stretch of rounds."""
