@@ -11,7 +11,8 @@
    trunk's size, its CUDA context not counted (null on a CPU).
 
 Text is random, and weights are initial: neither changes the time. On a CPU, or with --quick, a small model stands in,
-to see that the script runs (on a CPU without compiling). Needs torch alone beyond what grpo/ and actors/ import.
+to see that the script runs (on a CPU without compiling). Needs torch alone beyond what grpo/ and actors/ import,
+and scipy for the intervals of several seeds.
 Run: python benchmarks/gpu.py [--quick] [--seeds N] [--device cuda]. The last line is one JSON object:
 `train_tokens_per_s`, `train_tokens_per_s_compiled`, `bf16_share`, `bf16_tflops`, `rollout_tokens_per_s`,
 `seconds_rollout`, `seconds_score`, `seconds_generator`, `seconds_reward`, `peak_gb`, `ipc_second_actor_share`.
