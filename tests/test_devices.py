@@ -52,6 +52,8 @@ def test_what_lies_elsewhere_does_not_mix(elsewhere):  # noqa: F811
         here + there
     assert torch.equal((there * 2 + torch.tensor(1.0))[torch.tensor([2, 0])].cpu(), torch.tensor([5.0, 1.0]))
     assert sum(waits.values()) == 2  # for the upload of the indices, and for the read
+    there[there > 0] = there[there < 2]
+    assert sum(waits.values()) == 4 and there.tolist() == [0, 0, 1]  # for the number of each mask's places
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,8 +151,10 @@ def test_the_host_reads_once_per_call_and_once_per_wavefront(sampler, reads, els
     assert sum(waits.values()) == reads, waits
 
 
-def test_the_host_waits_for_the_reward_phase_once_and_not_for_its_steps(elsewhere):  # noqa: F811
-    world, counts = World(CONFIG, device=elsewhere), []
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_the_host_waits_for_the_reward_phase_once_and_not_for_its_steps(loss, elsewhere):  # noqa: F811
+    world = World(replace(CONFIG, reward=replace(CONFIG.reward, loss=loss)), device=elsewhere)
+    counts = []
     world.round(0)
     for steps in (1, 5):
         waits.clear()
