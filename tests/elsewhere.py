@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from grpo import features, sliced_loss, wavefront
+from grpo import features, sliced_loss, trajectory, wavefront
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 ELSEWHERE = torch.device("lazy", 0)
@@ -142,7 +142,8 @@ class _Functions(TorchFunctionMode):
 def elsewhere(monkeypatch):
     """The device's name, for the length of a test: `cuda`, which is there as far as code can tell."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for sizes in (features.LOGITS_AT_ONCE, sliced_loss.LOGITS_AT_ONCE, wavefront._LOGITS_AT_ONCE):
+    tables = (features.LOGITS_AT_ONCE, sliced_loss.LOGITS_AT_ONCE, trajectory.TABLE, wavefront._LOGITS_AT_ONCE)
+    for sizes in tables:
         monkeypatch.setitem(sizes, ELSEWHERE.type, sizes["cuda"])
     autocast, no_grad = torch.autocast, torch.no_grad
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **named: autocast(
