@@ -271,6 +271,8 @@ def measure(
             mask=setting.mask,
             tolerance=ENTROPY_TOLERANCE,
         )
+    if setting.device == "cuda":
+        setting.texts(temperature, 1)  # a process loads its kernels once
     started = time.perf_counter()
     texts = setting.texts(temperature)
     tokens_per_s = int(setting.mask.sum()) / (time.perf_counter() - started)
