@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from actors.threads import worker_threads
+from actors.threads import set_up_torch, worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.actions import credited_tokens, credits_positions
 from grpo.completion import load_remasking_model
@@ -40,7 +40,7 @@ class Generator(Tenant):
         neighbors: int = 1,
         device: str = "cpu",
     ) -> None:
-        torch.set_num_threads(worker_threads(config.run.threads, neighbors))
+        set_up_torch(device, worker_threads(config.run.threads, neighbors))
         grpo, denoise = config.grpo, config.denoise
         self.model = mount(
             blueprint,

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from actors.pretrainer import Pretrainer
+from actors.threads import set_up_torch
 from grpo.config import Config, GrpoSection, ModelSection, PretrainSection
 from grpo.data import Cursor, Dataset
 from grpo.model import GPT
@@ -53,7 +54,7 @@ class Judge:
     """The judge before its training. A plain class, used inside the task `fit_judge` and by benchmarks."""
 
     def __init__(self, config: Config, dataset: Dataset, *, threads: int, device: str = "cpu") -> None:
-        torch.set_num_threads(threads)
+        set_up_torch(device, threads)
         self.config, self.dataset, self.device = judge_config(config), dataset, device
         torch.manual_seed(SEED + 1)
         self.model = GPT(self.config.model, dataset.vocabulary, block_size=config.data.block_size).to(device)

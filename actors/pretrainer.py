@@ -100,8 +100,8 @@ class Pretrainer:
         if self.config.model.dropout:
             noise = row_seeds(self.config.run.seed, DROPOUT_STREAM, step, torch.tensor([self.rank]))
             torch.manual_seed(int(noise))
-        batch = batch.to(self.device)
-        rows = torch.tensor(self.rows(), device=self.device)
+        batch, own = batch.to(self.device), self.rows()
+        rows = torch.arange(own.start, own.stop, device=self.device)
         seeds, times = stratified_rows(self.config.run.seed, TRAIN_STREAM, step, rows, settings.batch_size)
         examples = [
             self.example(

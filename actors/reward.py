@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from actors.threads import worker_threads
+from actors.threads import set_up_torch, worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.reward_functions import resolve_rewards, score_texts
 from grpo.tokenizer import Tokenizer
@@ -57,7 +57,7 @@ class Reward(Tenant):
         functions: Iterable[str] = (),
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        torch.set_num_threads(worker_threads(threads, neighbors))
+        set_up_torch(device, worker_threads(threads, neighbors))
         heads = fetch(heads)
         self.model = mount(blueprint, "reward", fetch(trunk), heads, device=device) if heads else None
         self.functions, self.tokenizer = resolve_rewards(functions), tokenizer

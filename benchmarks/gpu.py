@@ -11,7 +11,8 @@
    trunk's size, its CUDA context not counted (null on a CPU).
 
 Text is random, and weights are initial: neither changes the time. On a CPU, or with --quick, a small model stands in,
-to see that the script runs (on a CPU without compiling). Needs torch alone beyond what grpo/ and actors/ import.
+to see that the script runs (on a CPU without compiling). Needs torch alone beyond what grpo/ and actors/ import,
+and scipy for the intervals of several seeds.
 Run: python benchmarks/gpu.py [--quick] [--seeds N] [--device cuda]. The last line is one JSON object:
 `train_tokens_per_s`, `train_tokens_per_s_compiled`, `bf16_share`, `bf16_tflops`, `rollout_tokens_per_s`,
 `seconds_rollout`, `seconds_score`, `seconds_generator`, `seconds_reward`, `peak_gb`, `ipc_second_actor_share`.
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
+from actors.threads import set_up_torch
 from actors.trunk_store import Blueprint, mount, to_arrays
 from benchmarks.adversarial import Adversary
 from benchmarks.pretrain_speed import needed_flops, our_step
@@ -165,7 +167,7 @@ def _hold(tensors: dict[str, torch.Tensor], ready, done) -> None:
 
 def measure(args: argparse.Namespace, seed: int) -> dict[str, float | None]:
     small = args.quick or args.device == "cpu"
-    torch.set_float32_matmul_precision("high")
+    set_up_torch(args.device)
     figures = training(args, seed, small) | one_round(args, seed, small)
     peak = torch.cuda.max_memory_allocated() / 1e9 if args.device != "cpu" else None
     return figures | {"peak_gb": peak, "ipc_second_actor_share": ipc_share(args, seed, small)}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 
-from scipy import stats
-
 
 def spread(values: list[float]) -> float | None:
     """Half width of the 95 % interval of the mean over seeds (Student's t); None for one seed, NaN beside a NaN."""
@@ -14,6 +12,8 @@ def spread(values: list[float]) -> float | None:
         return None
     if not all(map(math.isfinite, values)):
         return math.nan
+    from scipy import stats  # one seed, on a bare GPU machine, does without
+
     return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 

@@ -20,12 +20,12 @@ from grpo.metrics import weighted_sum
 from grpo.model import GPT, text_logits
 from grpo.noise import FILL, uniforms
 from grpo.tokenizer import Vocabulary
-from grpo.wavefront import propose, sample_tokens
+from grpo.wavefront import propose, sample_tokens, state_slices
 
 
 @torch.no_grad()
 def fill_masks(inputs: Tensor, logits: Tensor, *, vocabulary: Vocabulary, seeds: Tensor) -> Tensor:
-    """Replace every [MASK] by a word sampled from the logits; all other tokens stay.
+    """Replace every [MASK] by a word sampled from the logits, in bounded memory; all other tokens stay.
 
     Args:
         inputs: [B, T] int64.
@@ -37,8 +37,11 @@ def fill_masks(inputs: Tensor, logits: Tensor, *, vocabulary: Vocabulary, seeds:
     """
     masked = inputs == vocabulary.mask_id
     row, column = masked.nonzero(as_tuple=True)
-    drawn = sample_tokens(text_logits(logits, vocabulary)[row, column], uniforms(seeds[row], FILL, column))
-    return inputs.masked_scatter(masked, drawn.tokens)
+    words, noise = text_logits(logits, vocabulary), uniforms(seeds[row], FILL, column)
+    drawn = [
+        sample_tokens(words[row[part], column[part]], noise[part]).tokens for part in state_slices(vocabulary, row)
+    ]
+    return inputs.masked_scatter(masked, torch.cat(drawn))
 
 
 @torch.no_grad()

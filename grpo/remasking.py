@@ -150,7 +150,7 @@ def log_wrong_from_confidence(confidences: Tensor) -> Tensor:
 def log_mask_probability(model: GPT, hidden: Tensor, mask_bias: Tensor | float) -> Tensor:
     """[N, C] states -> [N] float64 log P([MASK]) over text and [MASK], with the bias, in bounded memory."""
     parts = []
-    for part in state_slices(model, hidden):
+    for part in state_slices(model.vocabulary, hidden):
         odds = mask_log_odds(model.heads["lm"](hidden[part]), model.vocabulary)
         parts.append(F.logsigmoid(odds.double() + mask_bias))
     return torch.cat(parts)

@@ -161,17 +161,14 @@ def with_states(model: GPT, part: Part) -> Rollout:
     return replace(rollout, hidden=states[rollout.rows, rollout.positions - int(causal)], choices=choices)
 
 
-def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE) -> tuple[Tensor, Tensor]:
+def action_values(policy: GPT, reference: GPT, part: Part) -> tuple[Tensor, Tensor]:
     """What the policy loss needs of each credited action, in bounded memory.
-
-    Args:
-        table: entries of the largest table over the vocabulary or over positions.
 
     Returns:
         [m + d] log-probability under the policy; [m + d] KL(policy || reference) at its state, exact over the
         vocabulary or the positions, without gradient for the reference. Nats.
     """
-    mine = with_states(policy, part)
+    table, mine = TABLE[part.index.device.type], with_states(policy, part)
     with torch.no_grad():
         theirs = with_states(reference, part)
 
@@ -203,9 +200,9 @@ def action_values(policy: GPT, reference: GPT, part: Part, *, table: int = TABLE
 
 
 @torch.no_grad()
-def part_logprobs(policy: GPT, part: Part, *, table: int = TABLE) -> Tensor:
+def part_logprobs(policy: GPT, part: Part) -> Tensor:
     """[m + d] log-probabilities of the part's actions under the policy's present weights, nats."""
-    mine, choices = with_states(policy, part), part.rollout.choices
+    table, mine, choices = TABLE[part.index.device.type], with_states(policy, part), part.rollout.choices
     rollouts = (
         _slice(mine, piece, ACTION_FIELDS) for piece in slices(len(mine.actions), policy.vocabulary.base_size, table)
     )

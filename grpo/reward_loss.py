@@ -71,7 +71,7 @@ def discriminator_loss(
     """
     target = natural.to(logits.dtype) * (1 - 2 * smoothing) + smoothing
     odds, has_text = log_odds(logits), completion_mask.any(-1)
-    better, worse = odds[natural], odds[~natural]
+    told, counted = torch.where(natural, odds > 0, odds < 0), has_text  # `told_apart`, in the order of the texts
     if loss == "mse":
         probabilities = logits.softmax(-1)
         soft = torch.stack([target, 1 - target], -1)
@@ -79,12 +79,15 @@ def discriminator_loss(
     elif loss == "bce":
         pooled = F.binary_cross_entropy_with_logits(odds, target, weight=has_text.to(odds.dtype), reduction="sum")
     else:
+        better, worse = odds[natural], odds[~natural]  # the host waits for their numbers: for this loss alone
         if len(better) != len(worse):
             raise ValueError(f"bradley_terry needs pairs, got {len(better)} natural and {len(worse)} synthetic texts")
         margin = better - worse
         wanted = torch.full_like(margin, 1 - smoothing)
-        both = (has_text[natural] & has_text[~natural]).to(odds.dtype)
+        counted = torch.cat([has_text[~natural], has_text[natural]])
+        both = counted.view(2, -1).all(0).to(odds.dtype)
         pooled = 2 * F.binary_cross_entropy_with_logits(margin, wanted, weight=both, reduction="sum")
+        told = told_apart(worse, better, loss)
     lengths = completion_mask.sum(-1).clamp(min=1)
     per_token = F.binary_cross_entropy_with_logits(
         token_logits, target[:, None].expand_as(token_logits), reduction="none"
@@ -92,11 +95,10 @@ def discriminator_loss(
     token = ((per_token * completion_mask).sum(-1) / lengths).sum()
     total = (pooled + token) / total_texts
     count = has_text.sum()
-    told = told_apart(worse, better, loss)
     metrics = {
         "reward_loss_pooled": torch.stack([pooled.detach(), count]).double(),
         "reward_loss_token": torch.stack([token.detach(), count]).double(),
-        "reward_accuracy_train": weighted_sum(told, torch.cat([has_text[~natural], has_text[natural]])),
+        "reward_accuracy_train": weighted_sum(told, counted),
     }
     return total, metrics
 

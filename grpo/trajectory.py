@@ -37,8 +37,9 @@ from grpo.slices import slices
 from grpo.wavefront import proposal_logits, proposal_logprobs
 
 Data = TypeVar("Data", "Choices", "Rollout")
-TABLE = 1 << 24
-"""Entries of the largest table over the vocabulary or over positions: 64 MB of float32, 128 MB of float64."""
+TABLE = {"cpu": 1 << 24, "cuda": 1 << 26}
+"""Entries of the largest table over the vocabulary or over positions: 64 MB of float32 and 128 MB of float64 on a CPU,
+four times that on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,7 @@ def _choices(
     logprobs = torch.cat(
         [
             draw_log_probs(log_weights, turns, choice[piece], draw[piece]).gather(-1, actions[piece, None])[:, 0]
-            for piece in slices(len(choice), eligible.shape[1], TABLE)
+            for piece in slices(len(choice), eligible.shape[1], TABLE[eligible.device.type])
         ]
     )
     num_rows = len(records[0].inputs)

@@ -34,6 +34,7 @@ from grpo.model import GPT, text_logits
 from grpo.noise import HIDE_LEFT, HIDE_RIGHT, PROPOSE, SEED, uniforms
 from grpo.sliced_loss import sliced_loss
 from grpo.slices import slices
+from grpo.tokenizer import Vocabulary
 
 _FAR = 1 << 40  # distance to a known token that does not exist
 _BELOW_ONE = 1 - 2.0**-52  # times a total near 1 it rounds to less than the total: a token with probability is hit
@@ -139,9 +140,9 @@ def sample_tokens(
     return Sampled(tokens[:, 0], chosen, plain, support, entropies)
 
 
-def state_slices(model: GPT, hidden: Tensor) -> Iterator[slice]:
-    """Slices of [M, C] states whose tables over the vocabulary suit the device."""
-    return slices(len(hidden), model.vocabulary.size, _LOGITS_AT_ONCE[hidden.device.type])
+def state_slices(vocabulary: Vocabulary, states: Tensor) -> Iterator[slice]:
+    """Slices of M states, or places of states, [M, ..], whose tables over the vocabulary suit the device."""
+    return slices(len(states), vocabulary.size, _LOGITS_AT_ONCE[states.device.type])
 
 
 def sampler_states(model: GPT, hidden: Tensor, neighbors: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ def propose(
 ) -> Sampled:
     """Draw a token at each of M positions from `proposal_logits`, in bounded memory; all of `Sampled` if recorded."""
     parts = []
-    for part in state_slices(model, hidden):
+    for part in state_slices(model.vocabulary, hidden):
         logits = proposal_logits(
             model,
             hidden[part],
@@ -249,7 +250,7 @@ def _seeds(confidence: Tensor, unreached: Tensor, wall: Tensor, ratio: float) ->
 def _confidences(model: GPT, hidden: Tensor) -> Tensor:
     """[M] float64: the lm head's largest text log-probability, rounded to 2^-10 nats."""
     parts = []
-    for part in state_slices(model, hidden):
+    for part in state_slices(model.vocabulary, hidden):
         parts.append(proposal_logprobs(proposal_logits(model, hidden[part]), 1.0).amax(-1))
     return (torch.cat(parts).double() * 1024).round()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
-from actors.threads import worker_threads
+from actors.threads import set_up_torch, worker_threads
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete, load_remasking_model
 from grpo.config import SHORTEST, Config, DataSection
@@ -148,7 +148,8 @@ class Setting:
     def __init__(
         self, config: Config, dataset: Path, judge: Path, checkpoint: Path | None, *, neighbors: int = 1
     ) -> None:
-        torch.set_num_threads(worker_threads(config.run.threads, neighbors))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        set_up_torch(self.device, worker_threads(config.run.threads, neighbors))
         self.config, self.data, num = config, open_dataset(dataset), config.evaluation.samples
         block = config.data.block_size
         self.start = config.grpo.prompt_tokens
@@ -158,7 +159,6 @@ class Setting:
         self.other, self.held_out = other[:num], other[num:]
         self.other_places = window_places(self.data, "judge", 2 * num, block, VALIDATION_WINDOWS_SEED)[:num]
         self.rewards = resolve_rewards(config.grpo.rewards)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.judge = load_model(judge, device=self.device).eval()
         self.scorer = load_scorer(config.evaluation.scorer, self.data.tokenizer, self.device)
         if checkpoint is not None:
@@ -271,6 +271,8 @@ def measure(
             mask=setting.mask,
             tolerance=ENTROPY_TOLERANCE,
         )
+    if setting.device == "cuda":
+        setting.texts(temperature, 1)  # a process loads its kernels once
     started = time.perf_counter()
     texts = setting.texts(temperature)
     tokens_per_s = int(setting.mask.sum()) / (time.perf_counter() - started)

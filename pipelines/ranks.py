@@ -11,11 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.threads import worker_threads
+from actors.threads import set_up_torch, worker_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +29,12 @@ class Ranks:
 
 
 def worker_ranks(threads: int) -> Ranks:
-    """The ranks of this Ray Train worker; also sets its torch threads on a CPU (`threads`; 0 shares the cores out)."""
+    """The ranks of this Ray Train worker; sets it up, threads on a CPU alone (`threads`; 0 shares out the cores)."""
     import ray.train
     import ray.train.torch
 
     context, device = ray.train.get_context(), ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(worker_threads(threads, context.get_local_world_size()))
+    set_up_torch(device, worker_threads(threads, context.get_local_world_size()) if device.type == "cpu" else None)
     rank, world = context.get_world_rank(), context.get_world_size()
     if world == 1:
         return Ranks(device=str(device))

@@ -33,6 +33,7 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
+from actors.threads import set_up_torch
 from grpo.autoregress import generate
 from grpo.checkpoint import load_checkpoint, load_model, load_tokenizer
 from grpo.completion import load_remasking_model
@@ -144,6 +145,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     checkpoint = load_checkpoint(folder)
     tokenizer = load_tokenizer(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    set_up_torch(device)
     model = load_model(folder, device=device).eval()
     if model.mode != "language_model":
         raise ValueError(f"--checkpoint {args.checkpoint} is a {model.mode}, which writes no text; give a generator's")

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from actors.threads import worker_threads
+from actors.threads import set_up_torch, worker_threads
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.files import write_json
@@ -115,7 +116,7 @@ class Trial:
         self.open.enter_context(alone(self.folder))
         self.record = read_trial(self.folder) or new_record(self.folder, values)
         write_json(self.folder / "trial.json", self.record)
-        torch.set_num_threads(worker_threads(shared.config.run.threads, shared.neighbors))
+        set_up_torch(shared.device, worker_threads(shared.config.run.threads, shared.neighbors))
 
     def step(self) -> dict[str, float]:
         """The next report: figures so far, the first one after pretraining, then one after each stretch of rounds."""
@@ -144,9 +145,11 @@ class Trial:
         if self.tracker is None:
             self._begin()
         figures = self._rounds(self.reported) if self.reported else self._pretrain()
+        _release()
         newest = self.folder / "final" if self.reported else self.base
         row = measure(self.config, self.shared.dataset, self.shared.judge, newest, self.shared.entropy,
                       neighbors=self.shared.neighbors)
+        _release()
         if sweep.objective in AT_ENTROPY and row["entropy"] < self.shared.entropy and not is_matched(row):
             raise ValueError(f"its token entropy comes no nearer to natural text's {self.shared.entropy:.3f} nats than "
                              f"{row['entropy']:.3f}, at temperature {row['temperature']:.3g}: {sweep.objective}, which "
@@ -246,6 +249,13 @@ def settling(curve: list[dict[str, float]], target: float, num_steps: int) -> di
         "p_mask_error": float((last - target).abs().mean()),
         "mask_bias_final": rows[-1]["mask_bias"],
     }
+
+
+def _release() -> None:
+    """Hand back GPU memory that this process no longer needs and would keep from its actors and neighbours."""
+    if torch.cuda.is_initialized():
+        gc.collect()  # a cycle through torch's imports holds what made the process's first optimizer
+        torch.cuda.empty_cache()
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float]:

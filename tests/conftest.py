@@ -4,12 +4,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.launch import NO_DASHBOARD, QUIET
 
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.update(QUIET | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"})
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """What a test sets for the process does not outlive it."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    if torch.get_float32_matmul_precision() != before:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

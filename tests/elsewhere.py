@@ -4,8 +4,8 @@
    it tells is `lazy`, which torch's autograd serves on the calling thread.
 2. What CUDA refuses, operations on tensors of both places, is refused here. What CUDA lets through is let through:
    CPU scalars of no dimension, and CPU indices, which it uploads.
-3. `waits` counts where in the project the host would wait for the device: reads, masks whose size decides a shape,
-   indices that are uploaded. Uploads of data (`to`, `torch.tensor`) are not counted.
+3. `waits` counts where in the project the host would wait for the device: reads, masks whose size decides a shape
+   (boolean indices are such), indices that are uploaded. Uploads of data (`to`, `torch.tensor`) are not counted.
 4. Not shown: streams, kernels, autocast, memory.
 """
 
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from grpo import features, sliced_loss, wavefront
+from grpo import features, sliced_loss, trajectory, wavefront
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 ELSEWHERE = torch.device("lazy", 0)
@@ -80,6 +80,11 @@ def _held(value):
     return torch.device("cpu") if isinstance(value, torch.device) and _is_elsewhere(value) else value
 
 
+def _is_mask(index):
+    """Whether CUDA looks up where an index is True, whose number decides a shape."""
+    return isinstance(index, Elsewhere) and index.dtype == torch.bool
+
+
 def _dispatch(operation, arguments, named):
     tensors = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, torch.Tensor)]
     there = [isinstance(tensor, Elsewhere) for tensor in tensors]
@@ -101,7 +106,7 @@ def _dispatch(operation, arguments, named):
             _waits()
         return compute()
     if any(there):
-        if operation in SIZED_BY_DATA:
+        if operation in SIZED_BY_DATA or operation in TAKES_INDICES and any(map(_is_mask, arguments[1])):
             _waits()
         foreign = [tensor for tensor, elsewhere in zip(tensors, there, strict=True) if tensor.dim() and not elsewhere]
         if foreign and operation in TAKES_INDICES and there[0]:
@@ -137,7 +142,8 @@ class _Functions(TorchFunctionMode):
 def elsewhere(monkeypatch):
     """The device's name, for the length of a test: `cuda`, which is there as far as code can tell."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for sizes in (features.LOGITS_AT_ONCE, sliced_loss.LOGITS_AT_ONCE, wavefront._LOGITS_AT_ONCE):
+    tables = (features.LOGITS_AT_ONCE, sliced_loss.LOGITS_AT_ONCE, trajectory.TABLE, wavefront._LOGITS_AT_ONCE)
+    for sizes in tables:
         monkeypatch.setitem(sizes, ELSEWHERE.type, sizes["cuda"])
     autocast, no_grad = torch.autocast, torch.no_grad
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **named: autocast(

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from grpo import wavefront
+from grpo import critic, wavefront
 from grpo.corruption import Corrupted, corrupt, stratified_rows
 from grpo.critic import critic_counted, critic_loss, critic_targets, fill, fill_masks
 from grpo.metrics import means
 from grpo.noise import row_seeds
 from grpo.tokenizer import Vocabulary
+from grpo.wavefront import sample_tokens
 from tests.small_gpt import make, tokens
 
 torch.set_num_threads(1)
@@ -46,6 +47,19 @@ def test_fills_leave_visible_tokens_and_do_not_depend_on_batch_mates():
     assert (filled[corrupted.masked] < 6).all()
     alone = fill_masks(corrupted.inputs[3:4], logits[3:4], vocabulary=VOCABULARY, seeds=seeds[3:4])
     assert torch.equal(alone, filled[3:4])
+
+
+def test_fills_are_drawn_in_slices_and_depend_on_none(monkeypatch):
+    corrupted, logits, seeds = make_case()
+    whole, sizes = fill_masks(corrupted.inputs, logits, vocabulary=VOCABULARY, seeds=seeds), []
+    monkeypatch.setattr(critic, "sample_tokens", lambda logits, noise: sizes.append(len(logits)) or sample_tokens(
+        logits, noise))
+    for at_once in (1, 3 * VOCABULARY.size):
+        monkeypatch.setitem(wavefront._LOGITS_AT_ONCE, "cpu", at_once)
+        assert torch.equal(fill_masks(corrupted.inputs, logits, vocabulary=VOCABULARY, seeds=seeds), whole)
+        assert max(sizes) == max(1, at_once // VOCABULARY.size)
+    nothing = whole.where(corrupted.loss_mask, 0)
+    assert torch.equal(fill_masks(nothing, logits, vocabulary=VOCABULARY, seeds=seeds), nothing)
 
 
 def test_a_model_s_own_fills_are_those_of_its_logits_and_depend_on_no_slice(monkeypatch):

@@ -37,12 +37,23 @@ def device(request):
     return "cuda"
 
 
+@pytest.fixture
+def set_up(monkeypatch):
+    """The devices that processes are set up for."""
+    devices = []
+    for user in ("actors.generator", "actors.reward", "actors.judge", "pipelines.measurements", "pipelines.sample"):
+        monkeypatch.setattr(f"{user}.set_up_torch", lambda device, threads=None: devices.append(device))
+    return devices
+
+
 def test_what_lies_elsewhere_does_not_mix(elsewhere):  # noqa: F811
     here, there = torch.arange(3.0), torch.arange(3.0, device=elsewhere)
     with pytest.raises(RuntimeError, match="two devices"):
         here + there
     assert torch.equal((there * 2 + torch.tensor(1.0))[torch.tensor([2, 0])].cpu(), torch.tensor([5.0, 1.0]))
     assert sum(waits.values()) == 2  # for the upload of the indices, and for the read
+    there[there > 0] = there[there < 2]
+    assert sum(waits.values()) == 4 and there.tolist() == [0, 0, 1]  # for the number of each mask's places
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,8 +67,9 @@ def test_cached_states_give_the_rollouts_logprobs(kind, device):
 @pytest.mark.parametrize(
     "config", [CONFIG, BUSY, grpo_with(trainable="lora")], ids=["random", "critic", "lora"]
 )
-def test_rounds_go_on_after_a_resume(config, device):
+def test_rounds_go_on_after_a_resume(config, device, set_up):
     steady = World(config, device=device)
+    assert set_up == [device] * 4  # two generators and two reward models
     for round in range(2):
         steady.round(round)
     fresh = World(config, device=device)
@@ -111,7 +123,7 @@ def test_texts_are_those_of_a_cpu(settings, device):
 
 
 @pytest.mark.parametrize("kind", ["bidirectional", "causal"])
-def test_a_checkpoint_is_measured_and_writes_text_on_the_device(kind, tmp_path, device):
+def test_a_checkpoint_is_measured_and_writes_text_on_the_device(kind, tmp_path, device, set_up):
     heads = ["model.critic=false", "model.sampler=false"] if kind == "causal" else []
     config = settings(f"run.cache={tmp_path}", f"run.output={tmp_path}", f"model.attention={kind}", *heads)
     documents = [f"{n} green bottles hanging on the wall, {n * n} in all." for n in range(400)]
@@ -125,6 +137,7 @@ def test_a_checkpoint_is_measured_and_writes_text_on_the_device(kind, tmp_path, 
     page = str(tmp_path / "page.html") if kind == "bidirectional" else ""
     wanted = SimpleNamespace(checkpoint=str(tmp_path / "model"), prompt="1 ", num=2, length=0, live=False, html=page)
     assert len(sample.main(config, wanted)["texts"]) == 2
+    assert set_up == [device] * 4  # the judge that trains, two measurements, the sample
 
 
 @pytest.mark.parametrize("sampler, reads", [(False, 1), (True, 1 + 4)])
@@ -138,8 +151,10 @@ def test_the_host_reads_once_per_call_and_once_per_wavefront(sampler, reads, els
     assert sum(waits.values()) == reads, waits
 
 
-def test_the_host_waits_for_the_reward_phase_once_and_not_for_its_steps(elsewhere):  # noqa: F811
-    world, counts = World(CONFIG, device=elsewhere), []
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_the_host_waits_for_the_reward_phase_once_and_not_for_its_steps(loss, elsewhere):  # noqa: F811
+    world = World(replace(CONFIG, reward=replace(CONFIG.reward, loss=loss)), device=elsewhere)
+    counts = []
     world.round(0)
     for steps in (1, 5):
         waits.clear()

@@ -1,6 +1,8 @@
 """The arrows between rooms, read off the source: pipelines -> actors -> grpo, and downwards only inside grpo."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,11 @@ def test_grpo_imports_downwards_only(path):
     lower = set(ORDER[: ORDER.index(path.stem)])
     used = {name.split(".")[1] for name in imported(path) if name.startswith("grpo.") and name.count(".")}
     assert used <= lower, f"{path.name} imports {used - lower} from above"
+
+
+def test_the_benchmark_for_a_bare_gpu_machine_starts_there():
+    code = "import sys; sys.modules |= dict.fromkeys(['scipy', 'ray', 'mlflow', 'rich']); import benchmarks.gpu"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_only_config_files_of_the_mathematics_know_the_whole_config():

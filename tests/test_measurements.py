@@ -65,6 +65,19 @@ def test_the_judge_and_all_models_lie_on_a_gpu_where_there_is_one(monkeypatch, t
     assert devices == ["cuda"] * 4  # the judge that trains; then the judge, the generator and its re-masking model
 
 
+@pytest.mark.parametrize("device, written", [("cpu", [None]), ("cuda", [1, None])])
+def test_a_gpu_writes_a_text_before_the_clock_starts(monkeypatch, device, written):
+    rows, asked = torch.zeros(2, 4, dtype=torch.int64), []
+    setting = SimpleNamespace(device=device, mask=rows[:, 1:] == 0, start=1, natural=None, places=None,
+                              data=SimpleNamespace(tokenizer=SimpleNamespace(decode=str)), report=lambda *_: {},
+                              texts=lambda temperature, num=None: asked.append(num) or rows[:num])
+    monkeypatch.setattr("pipelines.measurements.Setting", lambda *_, **__: setting)
+    monkeypatch.setattr(time, "perf_counter", lambda: float(len(asked)))
+    row = measure(settings(), None, None, None, bound=False)
+    assert asked == written and row["tokens_per_s"] == 6  # the clock counts calls: one
+    assert len(row["samples"]) == 2
+
+
 @pytest.mark.parametrize("kind", ["critic", "no critic", "causal"])
 def test_the_watched_texts_are_the_first_of_those_measured(tmp_path, kind):
     config = settings("data.layout=documents", "denoise.steps=3", f"model.critic={str(kind == 'critic').lower()}")

@@ -10,7 +10,7 @@ from grpo.lora import Trainable, train_below_heads
 from grpo.metrics import merge_sums
 from grpo.remasking import draw_log_probs
 from grpo.replay import CACHED, action_values, draw_steps, part_logprobs, split, with_states
-from grpo.trajectory import credited, judged_wrong, trajectory_logprobs, wavefront_figures
+from grpo.trajectory import TABLE, credited, judged_wrong, trajectory_logprobs, wavefront_figures
 from tests.small_rollouts import KINDS, T, gradient, large, make_model, relative, rolled
 
 
@@ -97,13 +97,16 @@ def test_small_tables_change_no_gradient(kind, monkeypatch):
                         lambda model, choices: judged.append(len(choices.hidden)) or judged_wrong(model, choices))
     monkeypatch.setattr(grpo.replay, "draw_log_probs",
                         lambda *given: drawn.append(len(given[-1])) or draw_log_probs(*given))
-    sliced = action_values(model, reference, part, table=100)
+    monkeypatch.setitem(TABLE, "cpu", 100)
+    sliced = action_values(model, reference, part)
     assert max(judged) == 100 // 20 and max(drawn) == 100 // 16
     for a, b in zip(whole, sliced, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     left, right = (gradient(model, logprobs.sum() + 2 * kl.sum()) for logprobs, kl in (whole, sliced))
     assert relative(right, left) < 1e-12
-    torch.testing.assert_close(part_logprobs(model, part, table=100), whole[0].detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part_logprobs(model, part), whole[0].detach(), rtol=1e-12, atol=1e-12)
+    _, rolled_so = large(kind, dtype=torch.float64)
+    torch.testing.assert_close(credited(rolled_so, "logprobs"), credited(cached, "logprobs"), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["parallel", "kept", "self", "wavefront", "causal"])

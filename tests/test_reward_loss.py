@@ -74,6 +74,18 @@ def test_texts_without_a_completion_have_no_say(loss):
     assert {name: pair.tolist() for name, pair in metrics.items()} == {n: p.tolist() for n, p in of_only.items()}
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce", "bradley_terry"])
+def test_a_text_on_the_fence_is_told_by_no_loss(loss):
+    logits, token_logits, natural, mask = texts()
+    logits[:2] = 1.0  # a pair
+    _, metrics = discriminator_loss(
+        logits, token_logits, natural, mask, loss=loss, smoothing=0.1, total_texts=4
+    )
+    odds = log_odds(logits)
+    told = told_apart(odds[~natural], odds[natural], loss)
+    assert metrics["reward_accuracy_train"].tolist() == [told.sum(), 4] and not told[::2].any()
+
+
 def test_accuracy_of_pairs_does_not_hang_on_an_offset_that_their_loss_leaves_free():
     generated, natural = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([1.0, 1.0, 1.0])
     assert told_apart(generated, natural, "bce").tolist() == [True, False, False, True, True, True]

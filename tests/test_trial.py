@@ -3,11 +3,26 @@
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
+import pipelines.trial
 from grpo.config import Config, RunSection, SweepSection
 from pipelines.measurements import FIGURES
 from pipelines.sweep import read_trials
 from pipelines.trial import Shared, Trial, means_of, settling
+
+
+def make_trial(monkeypatch, folder, entropy=2.0, objective="judge_nll_matched", **common):
+    row = dict.fromkeys(FIGURES, 1.0) | {"entropy": entropy, "entropy_error": entropy - 2.0}
+    monkeypatch.setattr("pipelines.trial.measure", lambda *_, **__: row)
+    monkeypatch.setattr("pipelines.trial.Tracker", MagicMock())
+    monkeypatch.setattr("pipelines.trial.check_base", MagicMock())
+    sweep = SweepSection(space={"grpo.kl": {"grid": [0.1]}}, objective=objective)
+    config = Config(run=RunSection(threads=1), sweep=sweep)
+    shared = {"base": folder, "device": "cpu", **common}
+    shared = Shared(config=config, folder=folder, dataset=folder, judge=folder, trunk=None, entropy=2.0,
+                    tracking=config.tracking, mlflow_run=None, board=MagicMock(), neighbors=1, **shared)
+    return Trial(shared, {"grpo.kl": 0.1})
 
 
 @pytest.mark.parametrize("entropy, objective, compared", [
@@ -17,16 +32,7 @@ from pipelines.trial import Shared, Trial, means_of, settling
     (2.5, "judge_nll_matched", True),
 ])
 def test_a_trial_below_natural_entropy_is_not_compared_by_its_text(monkeypatch, tmp_path, entropy, objective, compared):
-    row = dict.fromkeys(FIGURES, 1.0) | {"entropy": entropy, "entropy_error": entropy - 2.0}
-    monkeypatch.setattr("pipelines.trial.measure", lambda *_, **__: row)
-    monkeypatch.setattr("pipelines.trial.Tracker", MagicMock())
-    monkeypatch.setattr("pipelines.trial.check_base", MagicMock())
-    sweep = SweepSection(space={"grpo.kl": {"grid": [0.1]}}, objective=objective)
-    config = Config(run=RunSection(threads=1), sweep=sweep)
-    shared = Shared(config=config, folder=tmp_path, dataset=tmp_path, judge=tmp_path, base=tmp_path, trunk=None,
-                    entropy=2.0, tracking=config.tracking, mlflow_run=None, board=MagicMock(), device="cpu",
-                    neighbors=1)
-    trial = Trial(shared, {"grpo.kl": 0.1})
+    trial = make_trial(monkeypatch, tmp_path, entropy, objective)
     try:
         if compared:
             assert trial.step()["entropy_error_matched"] == entropy - 2.0
@@ -38,6 +44,21 @@ def test_a_trial_below_natural_entropy_is_not_compared_by_its_text(monkeypatch, 
         trial.tracker.finish.assert_called_once_with("FAILED")
     finally:
         trial.close()
+
+
+def test_a_trial_hands_its_peak_on_a_gpu_back_after_pretraining_and_after_measuring(monkeypatch, tmp_path):
+    calls = []
+    trial = make_trial(monkeypatch, tmp_path, base=None, device="cuda")
+    assert torch.get_float32_matmul_precision() == "high"
+    for name, result in (("pretrain_loop.train", {}), ("measure", pipelines.trial.measure())):
+        monkeypatch.setattr(f"pipelines.trial.{name}", lambda *_, n=name, r=result, **__: calls.append(n) or r)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    try:
+        trial.step()
+    finally:
+        trial.close()
+    assert calls == ["pretrain_loop.train", "empty", "measure", "empty"]
 
 
 def test_means_are_over_the_rounds_that_have_a_figure():
