@@ -31,7 +31,7 @@ QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what books no GPU sees none
     "RAY_worker_niceness": "0",  # actors and ranks are the run itself; at Ray's 15 whatever else runs here stops them
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait stall every other worker on a shared machine
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning,ignore::UserWarning",
