@@ -109,7 +109,7 @@ class Trial:
         self.tracker: Tracker | None = None
         self.job: RoundsJob | None = None
         try:
-            check_shared(shared.folder, self.ranks)
+            check_shared(shared.folder, Ranks())
         except ValueError as error:
             shared.board.note.remote(str(error))
             raise
