@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from actors.threads import set_up_torch, worker_threads
+from actors.torch_setup import set_up_torch, worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.actions import credited_tokens, credits_positions
 from grpo.completion import load_remasking_model

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from actors.pretrainer import Pretrainer
-from actors.threads import set_up_torch
+from actors.torch_setup import set_up_torch
 from grpo.config import Config, GrpoSection, ModelSection, PretrainSection
 from grpo.data import Cursor, Dataset
 from grpo.model import GPT

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from actors.threads import set_up_torch, worker_threads
+from actors.torch_setup import set_up_torch, worker_threads
 from actors.trunk_store import Arrays, Blueprint, Tenant, fetch, load_heads, mount
 from grpo.reward_functions import resolve_rewards, score_texts
 from grpo.tokenizer import Tokenizer

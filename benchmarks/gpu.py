@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
-from actors.threads import set_up_torch
+from actors.torch_setup import set_up_torch
 from actors.trunk_store import Blueprint, mount, to_arrays
 from benchmarks.adversarial import Adversary
 from benchmarks.pretrain_speed import needed_flops, our_step

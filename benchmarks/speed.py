@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from actors.threads import worker_threads
+from actors.torch_setup import worker_threads
 from benchmarks.tables import print_table, summarise
 from grpo.products import linear
 

@@ -31,8 +31,8 @@ class RunSection:
     seed: int = 0
     """Seed of every random draw of the run."""
     output: str = "runs"
-    """Folder that holds one folder per run. Relative to the current directory. On a cluster of storage that all nodes
-    mount, like `cache`."""
+    """Folder that holds one folder per run. Relative to the current directory. On a cluster it lies on storage that all
+    nodes mount, and so does `cache`."""
     cache: str = "~/.cache/grpo-diffusion"
     """Folder of prepared data, base models and judges, each named by the hash of what made it."""
     timeout_s: float = 900.0
@@ -47,8 +47,8 @@ class RunSection:
         check(self.timeout_s > 0, "run.timeout_s", "positive", self.timeout_s)
         check(self.threads >= 0, "run.threads", "0 (automatic) or more", self.threads)
         for name in ("output", "cache"):
-            path = getattr(self, name)
-            check("://" not in path, f"run.{name}", "a folder, of storage that all nodes mount, and no URI", path)
+            path, rule = getattr(self, name), "a folder's path, no URI (on a cluster one that all nodes see)"
+            check("://" not in path, f"run.{name}", rule, path)
         plain = "/" not in self.name and self.name not in (".", "..")
         check(plain, "run.name", "a folder's name: without '/', and neither '.' nor '..'", self.name)
 

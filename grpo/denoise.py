@@ -104,6 +104,7 @@ def denoise(
     mask_bias: Tensor | float = 0.0,
     remasking_model: GPT | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    record: bool = True,
 ) -> Tensor:
     """Turn [MASK]s into text.
 
@@ -117,6 +118,7 @@ def denoise(
         sampler: fill by the wavefront.
         mask_bias: on the [MASK] logit, for policy `self`.
         on_step: called with each step's record.
+        record: that record holds entropies and support, which cost a pass over the logits.
 
     Returns:
         [B, T] int64 without [MASK].
@@ -126,6 +128,7 @@ def denoise(
         randomness = 1.0  # a top k of equal scores would take the leftmost
     vocabulary = model.vocabulary
     columns = tokens.shape[1]
+    record = record and on_step is not None
     real = tokens != vocabulary.pad_id if attention_mask is None else attention_mask
     masked = (tokens == vocabulary.mask_id) & real
     pool = real & (masked if protected is None else ~protected)
@@ -144,7 +147,7 @@ def denoise(
             hidden = hidden_BTC.flatten(0, 1)[places]
             front = wavefront_fill(
                 model, hidden_BTC, tokens, seeds=seeds, step=step, temperature=temperature, top_p=top_p,
-                min_neighbors_ratio=min_neighbors_ratio, attention_mask=attention_mask, record=on_step is not None,
+                min_neighbors_ratio=min_neighbors_ratio, attention_mask=attention_mask, record=record,
             )
             filled, sampled = front.tokens, front.sampled
             neighbors, by_lm, waves = front.neighbors, front.by_lm, front.waves
@@ -152,7 +155,7 @@ def denoise(
             hidden = model.encode(tokens, attention_mask, at=places)
             sampled = propose(
                 model, hidden, noise[0].flatten()[places], temperature=temperature, top_p=top_p,
-                record=on_step is not None,
+                record=record,
             )
             filled = tokens.flatten().scatter(0, places, sampled.tokens).view_as(tokens)
 

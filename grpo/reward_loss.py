@@ -71,14 +71,7 @@ def discriminator_loss(
     """
     target = natural.to(logits.dtype) * (1 - 2 * smoothing) + smoothing
     odds, has_text = log_odds(logits), completion_mask.any(-1)
-    told, counted = torch.where(natural, odds > 0, odds < 0), has_text  # `told_apart`, in the order of the texts
-    if loss == "mse":
-        probabilities = logits.softmax(-1)
-        soft = torch.stack([target, 1 - target], -1)
-        pooled = ((probabilities - soft).square().mean(-1) * has_text).sum()
-    elif loss == "bce":
-        pooled = F.binary_cross_entropy_with_logits(odds, target, weight=has_text.to(odds.dtype), reduction="sum")
-    else:
+    if loss == "bradley_terry":
         better, worse = odds[natural], odds[~natural]  # the host waits for their numbers: for this loss alone
         if len(better) != len(worse):
             raise ValueError(f"bradley_terry needs pairs, got {len(better)} natural and {len(worse)} synthetic texts")
@@ -88,6 +81,13 @@ def discriminator_loss(
         both = counted.view(2, -1).all(0).to(odds.dtype)
         pooled = 2 * F.binary_cross_entropy_with_logits(margin, wanted, weight=both, reduction="sum")
         told = told_apart(worse, better, loss)
+    else:
+        if loss == "mse":
+            soft = torch.stack([target, 1 - target], -1)
+            pooled = ((logits.softmax(-1) - soft).square().mean(-1) * has_text).sum()
+        else:
+            pooled = F.binary_cross_entropy_with_logits(odds, target, weight=has_text.to(odds.dtype), reduction="sum")
+        told, counted = torch.where(natural, odds > 0, odds < 0), has_text
     lengths = completion_mask.sum(-1).clamp(min=1)
     per_token = F.binary_cross_entropy_with_logits(
         token_logits, target[:, None].expand_as(token_logits), reduction="none"

@@ -25,7 +25,7 @@ from grpo.run_checkpoints import newest_step
 from pipelines.pretrain_loop import PretrainJob
 from pipelines.progress import Display, follow, free_resources, overdue, start_board, stop_on_signals
 from pipelines.rollouts import RoundsJob
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, mlflow_variables
 
 MAX_FAILURES = 3
 """Times that Ray Train starts again after a worker has died."""
@@ -58,11 +58,20 @@ def fit(
     import ray
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     timeout_s, board, scratch = job.config.run.timeout_s, start_board(), job.folder / "ray-train"
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s / (MAX_FAILURES + 1))
+    mlflow = mlflow_variables()  # in the function, which nobody shows or logs as they do settings and environments
+
+    def begin(settings: dict[str, Any]) -> dict[str, Any]:
+        """The loop in its worker, which the driver hears of."""
+        os.environ.update(mlflow)
+        settings["board"].begin.remote()
+        return settings["loop"](settings)
+
     trainer = TorchTrainer(
-        _begin,
+        begin,
         train_loop_config={
             "loop": loop,
             "job": job,
@@ -98,6 +107,8 @@ def fit(
     except ray.train.TrainingFailedError as error:
         ended = f"a worker ended {MAX_FAILURES + 1} times, the last time by {reason_of(error)}"
         if isinstance(error, ray.train.ControllerError):
+            ended = f"Ray Train's controller ended by {reason_of(error)}"
+        if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
             ended = (
                 f"Ray Train could not start {workers.num_workers} workers in {MAX_FAILURES + 1} waits of this run "
                 f"(run.timeout_s, of all together, is {timeout_s:g}; {free_resources()}): {reason_of(error)}"
@@ -114,12 +125,6 @@ def fit(
         display.note(f"stopped after {unit} {after}; the same command goes on from there")
         raise SystemExit(LEFT_BY_SIGNAL)
     return result
-
-
-def _begin(settings: dict[str, Any]) -> dict[str, Any]:
-    """The loop in its worker, which the driver hears of."""
-    settings["board"].begin.remote()
-    return settings["loop"](settings)
 
 
 def torch_config(timeout_s: float) -> Any:

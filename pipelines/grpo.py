@@ -62,7 +62,16 @@ from pipelines.measurements import (
     measure_natural,
     weak_judge,
 )
-from pipelines.placement import check_fits, computes_on, node_resources, on_gpu, placed, room_beside, task_options
+from pipelines.placement import (
+    check_fits,
+    computes_on,
+    homes_of,
+    node_resources,
+    on_gpu,
+    placed,
+    room_beside,
+    task_options,
+)
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.progress import Display, awaited
@@ -300,8 +309,8 @@ def start_actors(
     trunk = trunk or publish_trunk(base, grpo)
     heads = publish(base.heads.state_dict())
     scoring = ray.put(to_arrays(blueprint.build("reward").heads.state_dict()) if grpo.adversary else {})
-    hosts = sum(node.get("CPU", 0) > 0 for node in nodes) if config.cluster.placement == "SPREAD" else 1
-    common = {"neighbors": -(-grpo.rollout_actors // max(1, hosts)) * neighbors, "device": device}
+    hosts = max(1, len(homes_of(config.cluster.placement)))
+    common = {"neighbors": -(-grpo.rollout_actors // hosts) * neighbors, "device": device}
     rolling = {"config": config, "remasking": remasking}
     tokenizer = open_dataset(paths.dataset).tokenizer
     scored = {"threads": config.run.threads, "functions": tuple(grpo.rewards), "tokenizer": tokenizer}

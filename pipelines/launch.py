@@ -3,8 +3,8 @@
 1. `launch` turns a `ValueError` (something that a user wrote) into one line and exit code 2; anything else is our bug
    and keeps its traceback.
 2. Environment variables that silence Ray are set before it is imported, and never override the user's.
-3. Ray workers get MLflow's credentials, and the project's root on PYTHONPATH, so that a pipeline started from any
-   directory, installed or not, finds `grpo`, `actors` and `pipelines` in its workers as well.
+3. Ray workers get the project's root on PYTHONPATH, so that a pipeline started from any directory, installed or not,
+   finds `grpo`, `actors` and `pipelines` in its workers as well.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ that answer. An address where nobody can listen is an answer."""
 TOKEN = Path("~/.ray/auth_token")
 """Ray writes it with its first private cluster. A cluster that is started where there is one asks for it, and one that
 asks for none takes it; but Ray's client sends it only where the environment says so."""
-CREDENTIALS = "MLFLOW_TRACKING_"
-"""How the names of variables begin that an MLflow server asks its clients for; workers track too."""
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = ("grpo.base", "pretrain.teacher", "denoise.remasking_model", "evaluation.scorer")
 """Keys that hold the path of a checkpoint."""
@@ -80,8 +78,7 @@ def start_ray(num_cpus: int | None = None) -> None:
     # A job's own variables are in os.environ already; named twice they would be a conflict, even with equal values.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {name: value for name, value in os.environ.items() if name in QUIET or name.startswith(CREDENTIALS)}
-    variables["PYTHONPATH"] = path
+    variables = {**{name: os.environ[name] for name in QUIET if name in os.environ}, "PYTHONPATH": path}
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "runtime_env": {"env_vars": variables}}
     if private_ray():
         variables |= NO_DASHBOARD
@@ -100,7 +97,7 @@ def start_ray(num_cpus: int | None = None) -> None:
 
 def _located(config: Config) -> Config:
     """With absolute paths of checkpoints, swept ones too: workers look for them from other folders."""
-    located = lambda path: path and str(Path(path).expanduser().absolute())  # noqa: E731
+    located = lambda path: str(Path(path).expanduser().absolute()) if path and isinstance(path, str) else path  # noqa: E731
     swept = {
         key: {kind: [located(path) for path in paths] for kind, paths in given.items()} if key in CHECKPOINTS else given
         for key, given in config.sweep.space.items()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.judge import Judge, judge_config
 from actors.pretrainer import validation_bound
-from actors.threads import set_up_torch, worker_threads
+from actors.torch_setup import set_up_torch, worker_threads
 from grpo.checkpoint import check_tokenizer, load_checkpoint, load_model, save_checkpoint, verify_checkpoint
 from grpo.completion import complete, load_remasking_model
 from grpo.config import SHORTEST, Config, DataSection
@@ -271,7 +271,7 @@ def measure(
             mask=setting.mask,
             tolerance=ENTROPY_TOLERANCE,
         )
-    if setting.device == "cuda":
+    if setting.device == "cuda" and match_entropy is None:
         setting.texts(temperature, 1)  # a process loads its kernels once
     started = time.perf_counter()
     texts = setting.texts(temperature)

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from grpo.config import ClusterSection, GrpoSection
 from grpo.config_cluster import KINDS
 from pipelines.launch import private_ray
-from pipelines.progress import free_resources
+from pipelines.progress import Display, awaited, free_resources
 
 Resources = dict[str, float]
 EPSILON = 1e-6
@@ -176,6 +177,20 @@ def homes_of(placement: str) -> list[str]:
     here = this_node()
     homes = sorted(filter(cpus.get, cpus), key=lambda node: (-cpus[node], node != here))
     return homes if placement == "SPREAD" else homes[:1]
+
+
+def check_seen(folder: Path, display: Display) -> None:
+    """Raise a ValueError where a node that has CPUs does not see a folder of the driver's."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if private_ray():
+        return
+    look = ray.remote(num_cpus=0)(lambda: folder.is_dir())
+    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in homes_of("SPREAD")]
+    asked = [look.options(scheduling_strategy=each).remote() for each in there]
+    if not all(awaited(asked, f"all nodes to look for {folder}", display)):
+        raise ValueError(f"run.output: not every node sees {folder}: set run.output to storage that all nodes share")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from actors.threads import set_up_torch, worker_threads
+from actors.torch_setup import set_up_torch, worker_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
     A rank elsewhere would make the folder on its own node's disk, train to the end, and leave the model there.
     """
     if agreed(int(not (folder / "config.yaml").exists()), ranks):
-        raise ValueError(f"run.output: not every process of the run sees {folder}: set run.output and run.cache to "
-                         "storage that all nodes share")
+        raise ValueError(f"run.output, run.cache: not every process of the run sees {folder}: set them to storage that "
+                         "all nodes share")
 
 
 def _data_parallel(module: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ from rich.panel import Panel
 from rich.text import Text
 from torch import Tensor
 
-from actors.threads import set_up_torch
+from actors.torch_setup import set_up_torch
 from grpo.autoregress import generate
 from grpo.checkpoint import load_checkpoint, load_model, load_tokenizer
 from grpo.completion import load_remasking_model
@@ -129,7 +129,7 @@ def write(
             model, masked, seeds=seeds, steps=settings.steps, schedule=settings.schedule,
             temperature=settings.temperature, top_p=settings.top_p, remasking=policy, randomness=settings.randomness,
             sampler=settings.sampler, min_neighbors_ratio=config.sampler.min_neighbors_ratio,
-            mask_bias=mask_bias, remasking_model=remasking_model, on_step=on_step,
+            mask_bias=mask_bias, remasking_model=remasking_model, on_step=on_step, record=recorder is not None,
         )
     return texts, recorder
 

@@ -44,7 +44,7 @@ from pipelines.fit import beside_main_thread
 from pipelines.grpo import base_of, check_base, judge_beside, publish_trunk
 from pipelines.launch import launch, start_ray
 from pipelines.measurements import check_enough, judge_folder, measure_natural
-from pipelines.placement import at_once, check_fits, node_resources, on_gpu, task_options
+from pipelines.placement import at_once, check_fits, check_seen, node_resources, on_gpu, task_options
 from pipelines.prepare import prepare
 from pipelines.pretrain import what_decides
 from pipelines.pretrain_loop import read_curve
@@ -161,6 +161,7 @@ def _prepare(config: Config, folder: Path, display: Display) -> Shared:
     start_ray()
     single = replace(config.grpo, num_workers=1, rollout_actors=1)
     check_fits(config.cluster, single, node_resources())
+    check_seen(folder, display)
     display.note(f"data: {config.data.source}")
     dataset = prepare(config.data, config.run.cache, display)
     check_enough(config, dataset)

@@ -51,6 +51,11 @@ def tracking_uri(section: TrackingSection, output: str | Path) -> str:
     return uri or f"sqlite:///{Path(output).expanduser().resolve() / 'mlflow.db'}"
 
 
+def mlflow_variables() -> dict[str, str]:
+    """Variables that tell MLflow's client its server and who asks, for processes that track elsewhere."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_TRACKING_")}
+
+
 class Tracker:
     """One MLflow run, seen from one process. Use as a context manager, or end with `finish`.
 

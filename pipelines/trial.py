@@ -18,16 +18,17 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from actors.threads import set_up_torch, worker_threads
+from actors.torch_setup import set_up_torch, worker_threads
 from grpo.config import Config, TrackingSection
 from grpo.config_file import config_hash, save_config, with_values
 from grpo.files import write_json
@@ -36,10 +37,10 @@ from pipelines import pretrain_loop, rounds
 from pipelines.grpo import Paths, check_base, start_actors
 from pipelines.measurements import FIGURES, OF_TEXT, is_matched, measure
 from pipelines.pretrain_loop import read_curve
-from pipelines.ranks import Ranks, check_shared
+from pipelines.ranks import Ranks
 from pipelines.rollouts import RoundsJob
 from pipelines.run_folder import alone
-from pipelines.tracking import Tracker
+from pipelines.tracking import Tracker, mlflow_variables
 
 TOLERANCE = 0.05
 """Of p(MASK)."""
@@ -79,6 +80,8 @@ class Shared:
     board: Any
     """Handle of the `ProgressBoard` actor."""
     device: str
+    mlflow: dict[str, str] = field(default_factory=mlflow_variables, repr=False)
+    """The driver's."""
     neighbors: int
     """Trials that run at once on one machine, this one included."""
 
@@ -108,11 +111,7 @@ class Trial:
         self.open, self.reported = ExitStack(), 0
         self.tracker: Tracker | None = None
         self.job: RoundsJob | None = None
-        try:
-            check_shared(shared.folder, Ranks())
-        except ValueError as error:
-            shared.board.note.remote(str(error))
-            raise
+        os.environ.update(shared.mlflow)
         self.open.enter_context(alone(self.folder))
         self.record = read_trial(self.folder) or new_record(self.folder, values)
         write_json(self.folder / "trial.json", self.record)

@@ -15,7 +15,7 @@ os.environ.update(QUIET | {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """What a test sets for the process does not outlive it."""
+    """The precision of float32 products that a test sets for the process does not outlive it."""
     before = torch.get_float32_matmul_precision()
     yield
     if torch.get_float32_matmul_precision() != before:

@@ -64,7 +64,7 @@ def test_what_is_given_for_a_mapping_replaces_it_and_a_key_below_adds_to_it(tmp_
         ("grpo.kl=.inf", ["grpo.kl must be finite, got inf"]),
         ("run.seed=-1", ["run.seed must be between 0 and"]),
         ("run.name=..", ["run.name must be a folder's name", "got '..'"]),
-        ("run.output=s3://bucket/runs", ["run.output must be a folder, of storage", "and no URI, got 's3://bucket/"]),
+        ("run.output=s3://bucket/runs", ["run.output must be a folder's path, no URI", "got 's3://bucket/runs'"]),
         ("run.name=a/b", ["run.name must be a folder's name", "got 'a/b'"]),
         ("run.timeout_s=0", ["run.timeout_s must be positive"]),
         ("pretrain.warmup=-3", ["pretrain.warmup must be 0 or more"]),

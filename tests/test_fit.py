@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from ray.train import ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
@@ -26,15 +26,16 @@ def test_what_ended_the_workers_is_one_line():
     assert torch_config(12.5).timeout_s == 13
 
 
-def ends_with(outcome, folder, monkeypatch):
+def ends_with(outcome, folder, monkeypatch, before=lambda: None):
     """What the driver makes of the loop's outcome, and what it showed; without workers."""
     class Trainer:
         def __init__(self, loop, *, train_loop_config, **options):
-            self.fit = lambda: SimpleNamespace(return_value=loop(train_loop_config))
+            self.fit = lambda: before() or SimpleNamespace(return_value=loop(train_loop_config))
 
     def loop(settings):
         (settings["job"].folder / "ray-train").mkdir()
         assert (settings["tracking"].uri, settings["mlflow_run"]) == ("sqlite:///here", "one")
+        assert "secret" not in repr(settings)
         settings["board"].note.remote("begun")
         if isinstance(outcome, Exception):
             raise outcome
@@ -74,6 +75,23 @@ def test_how_a_loop_ended_is_a_value_an_error_or_an_exit_code(ray_session, tmp_p
         "a worker ended 4 times, the last time by TimeoutError: waited 3 s for scores of round 2; the same command "
         "goes on after round 0"
     )
+    error, _ = ends_with(ControllerError(OSError("no room")), tmp_path, monkeypatch)
+    assert str(error).startswith("Ray Train's controller ended by no room; the same command goes on after ")
+
+
+@pytest.mark.ray
+def test_a_worker_that_tracks_gets_the_credentials_of_the_mlflow_server_and_nobody_else(
+    ray_session, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+
+    def elsewhere():
+        monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+
+    def outcome():
+        return {"token": os.environ.get("MLFLOW_TRACKING_TOKEN")}
+
+    assert ends_with(outcome, tmp_path, monkeypatch, elsewhere)[0] == {"token": "secret"}
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_measurements_that_run_at_once_share_the_cores_out(monkeypatch, tmp_path
     dataset = make_dataset([f"{n} times {n} is {n * n}. " for n in range(600)], config.data, tmp_path / "data")
     judge = fitted_judge(config, dataset.folder)
     assert judge.parent == tmp_path  # beside the data, from whatever folder the task runs in
-    monkeypatch.setattr("actors.threads._cores", lambda: 8)
+    monkeypatch.setattr("actors.torch_setup._cores", lambda: 8)
     try:
         for neighbors, threads in ((2, 4), (3, 2), (20, 1)):
             Setting(config, dataset.folder, judge, None, neighbors=neighbors)

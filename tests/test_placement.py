@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,13 +113,16 @@ def test_every_rank_gets_a_gpu_of_its_own():
 
 HEAD_WITHOUT_CPUS = """
 import json
+import os
+from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo.config import ClusterSection, GrpoSection
-from pipelines.placement import placed, this_node
+from pipelines.placement import check_seen, placed, this_node
+from pipelines.progress import Display
 
 def homes(placement, actors):
     grpo = GrpoSection(rollout_actors=actors, prompts=actors)
@@ -133,24 +137,38 @@ ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
 group = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
 trials = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(2)]
 trial = ray.remote(num_cpus=1)(lambda: (this_node(), homes("PACK", 1)))
+os.environ["RAY_ADDRESS"] = nodes.address
+check_seen(Path("/"), Display())
+try:
+    check_seen(Path("/nowhere"), Display())
+except ValueError as error:
+    said = str(error)
 print(json.dumps({
     "cpus": {node["NodeID"]: node["Resources"].get("CPU", 0) for node in ray.nodes()},
-    "PACK": homes("PACK", 4), "SPREAD": homes("SPREAD", 4),
+    "said": said, "PACK": homes("PACK", 4), "SPREAD": homes("SPREAD", 4),
     "trials": ray.get([trial.options(scheduling_strategy=each).remote() for each in trials], timeout=60),
 }))
 """
 
 
 def test_actors_that_book_nothing_keep_off_a_head_without_cpus():
+    """And a folder that the nodes with CPUs do not see is said."""
     done = subprocess.run([sys.executable, "-c", HEAD_WITHOUT_CPUS], capture_output=True, text=True, timeout=180,
                           cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     cpus = found["cpus"]
+    assert found["said"].startswith("run.output: not every node sees /nowhere: set run.output to storage that all ")
     assert sorted(cpus.values()) == [0, 2, 3]
     assert [cpus[node] for node in found["PACK"]] == [3] * 8
     assert [cpus[node] for node in found["SPREAD"]] == [3, 3, 2, 2] * 2
     assert all(set(actors) == {trial} for trial, actors in found["trials"]) and len(found["trials"]) == 2
+
+
+@pytest.mark.ray
+def test_what_books_no_gpu_sees_none(ray_session):
+    see = ray.remote(num_cpus=0)(lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    assert ray.get(see.remote(), timeout=60) == ""
 
 
 def test_a_run_says_what_it_computes_on():

@@ -113,7 +113,7 @@ def test_a_folder_that_a_rank_does_not_see_is_said_by_all_ranks(tmp_path):
 
     run(sees=True, others=True)
     for sees, others in ((True, False), (False, True)):
-        with pytest.raises(ValueError, match="run.output: not every process of the run sees .*: set run.output and "):
+        with pytest.raises(ValueError, match="^run.output, run.cache: not every process of the run sees "):
             run(sees, others)
 
 

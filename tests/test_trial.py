@@ -12,18 +12,16 @@ from pipelines.sweep import read_trials
 from pipelines.trial import Shared, Trial, means_of, settling
 
 
-def make_trial(monkeypatch, folder, entropy=2.0, objective="judge_nll_matched", begun=True, **common):
+def make_trial(monkeypatch, folder, entropy=2.0, objective="judge_nll_matched", **common):
     row = dict.fromkeys(FIGURES, 1.0) | {"entropy": entropy, "entropy_error": entropy - 2.0}
     monkeypatch.setattr("pipelines.trial.measure", lambda *_, **__: row)
     monkeypatch.setattr("pipelines.trial.Tracker", MagicMock())
     monkeypatch.setattr("pipelines.trial.check_base", MagicMock())
     sweep = SweepSection(space={"grpo.kl": {"grid": [0.1]}}, objective=objective)
     config = Config(run=RunSection(threads=1), sweep=sweep)
-    if begun:
-        (folder / "config.yaml").write_text("")
-    shared = {"base": folder, "device": "cpu", "board": MagicMock(), **common}
+    shared = {"base": folder, "device": "cpu", **common}
     shared = Shared(config=config, folder=folder, dataset=folder, judge=folder, trunk=None, entropy=2.0,
-                    tracking=config.tracking, mlflow_run=None, neighbors=1, **shared)
+                    tracking=config.tracking, mlflow_run=None, board=MagicMock(), neighbors=1, **shared)
     return Trial(shared, {"grpo.kl": 0.1})
 
 
@@ -46,13 +44,6 @@ def test_a_trial_below_natural_entropy_is_not_compared_by_its_text(monkeypatch, 
         trial.tracker.finish.assert_called_once_with("FAILED")
     finally:
         trial.close()
-
-
-def test_a_trial_that_does_not_see_its_sweep_says_so(monkeypatch, tmp_path):
-    board = MagicMock()
-    with pytest.raises(ValueError, match="^run.output: not every process of the run sees "):
-        make_trial(monkeypatch, tmp_path / "elsewhere", board=board, begun=False)
-    board.note.remote.assert_called_once()
 
 
 def test_a_trial_hands_its_peak_on_a_gpu_back_after_pretraining_and_after_measuring(monkeypatch, tmp_path):

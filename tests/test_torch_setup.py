@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actors.threads import set_up_torch, worker_threads
+from actors.torch_setup import set_up_torch, worker_threads
 from pipelines.ranks import worker_ranks
 
 
@@ -11,7 +11,7 @@ from pipelines.ranks import worker_ranks
 def test_threads_are_those_of_the_container_shared_out(monkeypatch, tmp_path, limit, cores):
     """Of a machine with 64 cores, whose affinity a container's limit does not change."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64), raising=False)
-    monkeypatch.setattr("actors.threads.CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr("actors.torch_setup.CPU_MAX", tmp_path / "cpu.max")
     if limit:
         (tmp_path / "cpu.max").write_text(limit + "\n")
     assert worker_threads(0, 1) == cores and worker_threads(0, 2) == max(1, cores // 2)
@@ -34,7 +34,7 @@ def test_a_worker_of_ray_train_sets_its_threads_on_a_cpu_alone(monkeypatch, devi
 
     told, context = [], SimpleNamespace(get_local_world_size=lambda: 2, get_world_rank=int, get_world_size=lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
-    monkeypatch.setattr("actors.threads._cores", lambda: 8)
+    monkeypatch.setattr("actors.torch_setup._cores", lambda: 8)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device(device))
     assert worker_ranks(0).device == device
