@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo.metrics import weighted_sum
 
+_ROUNDING = 8  # units of relative precision; products of matrices in another order differ by one or two
 
 def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: bool = True) -> Tensor:
     """Center rewards within each prompt's group (GRPO, arXiv:2402.03300, eq. 3).
@@ -28,7 +29,7 @@ def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: 
         normalize: divide by the group's standard deviation; False gives Dr. GRPO (arXiv:2503.20783).
 
     Returns:
-        Shaped like rewards; sums to zero over G. A group of equal rewards gives exact zeros.
+        Shaped like rewards; sums to zero over G. A group of rewards that are equal up to rounding gives exact zeros.
 
     Raises:
         ValueError: G < 2, because advantages are relative to the group.
@@ -36,9 +37,7 @@ def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: 
     if rewards.shape[1] < 2:
         raise ValueError(f"advantages need at least 2 samples per prompt, got {rewards.shape[1]}")
     centred = rewards - rewards.mean(1, keepdim=True)
-    # Equal rewards leave rounding dust after centring; dividing dust by its own size would give it full weight.
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    centred = centred.masked_fill(flat, 0.0)
+    centred = centred.masked_fill(_flat(rewards), 0.0)
     if mask is not None:
         centred = centred * mask
     if not normalize:
@@ -53,7 +52,14 @@ def group_advantages(rewards: Tensor, *, mask: Tensor | None = None, normalize: 
 
 def equal_groups(rewards: Tensor) -> Tensor:
     """Number of groups of equal rewards, which contribute nothing. rewards: [N, G] or [N, G, T]."""
-    return (rewards == rewards[:, :1]).flatten(1).all(1).sum()
+    return _flat(rewards).flatten(1).all(1).sum()
+
+
+def _flat(rewards: Tensor) -> Tensor:
+    """[N, 1, ..] bool, where a group's rewards are equal. Equal texts of different batches differ by rounding, and so do
+    rewards after centring; divided by its own size, such dust would have the weight of a reward."""
+    least, most = rewards.amin(1, keepdim=True), rewards.amax(1, keepdim=True)
+    return most - least <= _ROUNDING * torch.finfo(rewards.dtype).eps * torch.maximum(least.abs(), most.abs())
 
 
 def action_weights(

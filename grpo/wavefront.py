@@ -39,6 +39,7 @@ from grpo.tokenizer import Vocabulary
 _FAR = 1 << 40  # distance to a known token that does not exist
 _BELOW_ONE = 1 - 2.0**-52  # times a total near 1 it rounds to less than the total: a token with probability is hit
 _LOGITS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 26}  # of [M, V] tables, float64: 1 MB, in the cache; 0.5 GB
+_LEAST_ROWS = 64  # of such a table: each reads the lm head once, which for a large vocabulary is what costs
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def sample_tokens(
 
 def state_slices(vocabulary: Vocabulary, states: Tensor) -> Iterator[slice]:
     """Slices of M states, or places of states, [M, ..], whose tables over the vocabulary suit the device."""
-    return slices(len(states), vocabulary.size, _LOGITS_AT_ONCE[states.device.type])
+    at_once = max(_LOGITS_AT_ONCE[states.device.type], _LEAST_ROWS * vocabulary.size)
+    return slices(len(states), vocabulary.size, at_once)
 
 
 def sampler_states(model: GPT, hidden: Tensor, neighbors: Tensor) -> Tensor:

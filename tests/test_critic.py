@@ -54,15 +54,18 @@ def test_fills_are_drawn_in_slices_and_depend_on_none(monkeypatch):
     whole, sizes = fill_masks(corrupted.inputs, logits, vocabulary=VOCABULARY, seeds=seeds), []
     monkeypatch.setattr(critic, "sample_tokens", lambda logits, noise: sizes.append(len(logits)) or sample_tokens(
         logits, noise))
-    for at_once in (1, 3 * VOCABULARY.size):
+    for rows, at_once in ((1, 1), (1, 3 * VOCABULARY.size), (2, 1)):
+        monkeypatch.setattr(wavefront, "_LEAST_ROWS", rows)
         monkeypatch.setitem(wavefront._LOGITS_AT_ONCE, "cpu", at_once)
+        sizes.clear()
         assert torch.equal(fill_masks(corrupted.inputs, logits, vocabulary=VOCABULARY, seeds=seeds), whole)
-        assert max(sizes) == max(1, at_once // VOCABULARY.size)
+        assert max(sizes) == max(rows, at_once // VOCABULARY.size)
     nothing = whole.where(corrupted.loss_mask, 0)
     assert torch.equal(fill_masks(nothing, logits, vocabulary=VOCABULARY, seeds=seeds), nothing)
 
 
 def test_a_model_s_own_fills_are_those_of_its_logits_and_depend_on_no_slice(monkeypatch):
+    monkeypatch.setattr(wavefront, "_LEAST_ROWS", 1)
     model, clean = make().double().eval(), tokens()
     inputs = clean.masked_fill(torch.rand(clean.shape) < 0.5, model.vocabulary.mask_id)
     mask = torch.arange(clean.shape[1]) < torch.tensor([[9], [7], [4]])

@@ -56,6 +56,15 @@ def test_equal_rewards_give_exact_zeros_and_are_counted(value):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+def test_rounding_is_no_reward_and_a_small_reward_is_one(normalize):
+    rounded = torch.tensor([[0.7, 0.7, 0.7, 0.7 + 6e-8], [0.7, 0.7, 0.7, 0.7 + 7e-6]])
+    assert rounded[0, 3] != rounded[0, 0]
+    advantages = group_advantages(rounded, normalize=normalize)
+    assert (advantages[0] == 0).all() and (advantages[1] != 0).all()
+    assert equal_groups(rounded) == 1
+
+
+@pytest.mark.parametrize("normalize", [False, True])
 def test_dense_advantages_match_a_slow_loop(normalize):
     rewards = torch.randn(3, 4, 6, dtype=torch.float64)
     mask = (torch.rand(3, 1, 6) < 0.7).expand(3, 4, 6)
