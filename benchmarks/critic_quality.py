@@ -90,7 +90,7 @@ def guided_sampling(model: GPT, texts: Texts) -> dict[str, dict[str, float]]:
 
     def row(policy: str, steps: int, randomness: float) -> dict[str, float]:
         write = lambda heat: texts.write(model, policy, steps, temperature=heat, randomness=randomness)  # noqa: E731
-        return {"forwards": forwards(policy, steps), **texts.at_entropy(write, target)}
+        return {"forwards": forwards(policy, steps, randomness), **texts.at_entropy(write, target)}
 
     plans = [("random", N, 1.0), ("random", 2 * N, 1.0)]
     plans += [("critic", steps, randomness) for steps in FEW_AND_MANY for randomness in (0.5, 0.8)]

@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, seed: int) -> dict[str, float]:
                 return denoise(model, tokens, seeds=seeds, steps=steps, remasking=remasking, randomness=0.5,
                                sampler=sampler, remasking_model=judge if remasking == "model" else None)
 
-            num = forwards(remasking, steps)
+            num = forwards(remasking, steps, 0.5)
             turns = max(1, min(15, 400 // (rows * num)))
             times = alternate({"denoise": ours, "forwards": lambda n=num, t=tokens: read(model, t, n)}, turns,
                               warm=int(turns > 1))

@@ -3,7 +3,8 @@
 Each step fills all [MASK]s, at once or by the wavefront, then re-masks the number that the schedule leaves, chosen by
 a re-masking policy among unprotected positions. The last step leaves none.
 
-1. One trunk forward per step; a second one where the policy reads the filled text, never on the last step.
+1. One trunk forward per step; a second one where the policy reads the filled text, never on the last step, nor at
+   randomness 1, where all that is eligible is alike.
 2. The number of [MASK]s at each step follows from the first input, so the host reads all of them once per call, and
    head logits are computed at [MASK]s only. (The wavefront reads its waves' sizes once per step.)
 3. `random` and `confidence` take back only tokens filled in the same step, as MDLM (arXiv:2406.07524) and MaskGIT
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from grpo.model import GPT
 from grpo.noise import PROPOSE, REMASK, uniforms
-from grpo.remasking import FRESH_ONLY, POLICIES, Filled, choose, resolve_policy
+from grpo.remasking import FRESH_ONLY, POLICIES, Filled, by_chance, choose, resolve_policy
 from grpo.slices import slices
 from grpo.wavefront import propose, wavefront_fill
 
@@ -62,6 +63,8 @@ class StepRecord:
     """[B, T] bool, positions that might have been re-masked."""
     remask: Tensor
     """[B, T] bool, positions re-masked after this step."""
+    num_remasked: int
+    """Their number in the batch, known to the host."""
     remask_order: Tensor
     """[B, T] int64, the same in the order drawn, then -1: a Plackett-Luce sample with weights of `scores`."""
     scores: Tensor | None
@@ -137,7 +140,7 @@ def denoise(
     num_free = pool.sum(1)
     left = torch.stack([num_masked_after(step, steps, num_free, schedule) for step in range(steps)])  # [S, B]
     counts = torch.cat([masked.sum()[None], left.sum(1), num_free.sum()[None]])
-    *num_masked, _, num_pool = [int(count) for count in counts.cpu()]  # the host's one read
+    *num_masked, num_pool = [int(count) for count in counts.cpu()]  # the host's one read
 
     for step, noise in enumerate(_noise(seeds, steps, columns, (REMASK,) if sampler else (PROPOSE, REMASK))):
         places = torch.nonzero_static(masked.flatten(), size=num_masked[step])[:, 0]
@@ -165,7 +168,7 @@ def denoise(
             remask, order = torch.zeros_like(masked), torch.full_like(tokens, -1)
         else:
             confidences = sampled.confidences.new_zeros(tokens.numel()).scatter(0, places, sampled.confidences)
-            verdict = POLICIES[policy](
+            verdict = (by_chance if randomness == 1 else POLICIES[policy])(
                 Filled(
                     model=model, tokens=filled, attention_mask=attention_mask, eligible=eligible,
                     num_eligible=num_pool, confidences=confidences.view_as(tokens), mask_bias=mask_bias,
@@ -181,7 +184,7 @@ def denoise(
                     step=step, inputs=tokens, masked=masked, hidden=hidden, proposals=filled,
                     logprobs=sampled.logprobs, entropies=sampled.entropies, support=sampled.support,
                     neighbors=neighbors, by_lm=by_lm, waves=waves,
-                    eligible=eligible, remask=remask, remask_order=order,
+                    eligible=eligible, remask=remask, num_remasked=num_masked[step + 1], remask_order=order,
                     scores=None if verdict is None else verdict.log_wrong,
                     judged=None if verdict is None else verdict.hidden,
                 )

@@ -56,8 +56,8 @@ def equal_groups(rewards: Tensor) -> Tensor:
 
 
 def _flat(rewards: Tensor) -> Tensor:
-    """[N, 1, ..] bool, where a group's rewards are equal. Equal texts of different batches differ by rounding, and so do
-    rewards after centring; divided by its own size, such dust would have the weight of a reward."""
+    """[N, 1, ..] bool, where a group's rewards are equal. Equal texts in different batches differ by rounding, and so
+    do equal rewards from their mean; divided by its own size, such dust would have the weight of a reward."""
     least, most = rewards.amin(1, keepdim=True), rewards.amax(1, keepdim=True)
     return most - least <= _ROUNDING * torch.finfo(rewards.dtype).eps * torch.maximum(least.abs(), most.abs())
 

@@ -105,13 +105,14 @@ FRESH_ONLY = ("confidence", "random")
 """Policies that take back only tokens filled in the same step; the others may take back any unprotected token."""
 
 
-def forwards(policy: str, steps: int) -> int:
-    """Trunk passes over a text: a policy that reads the filled text takes a second one in all steps but the last."""
-    return steps if policy in FRESH_ONLY else 2 * steps - 1
+def forwards(policy: str, steps: int, randomness: float) -> int:
+    """Trunk passes over a text: a policy that reads the filled text takes a second one in all steps but the last. A
+    uniform draw, at randomness 1, asks no policy."""
+    return steps if policy in FRESH_ONLY or randomness == 1 else 2 * steps - 1
 
 
 def steps_within(policy: str, num_forwards: int) -> int:
-    """Most denoising steps that this many trunk passes pay for."""
+    """Most denoising steps that this many trunk passes pay for, at a randomness below 1."""
     return num_forwards if policy in FRESH_ONLY else (num_forwards + 1) // 2
 
 

@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grpo.autoregress import generate
+from grpo.autoregress import Generation, generate
 from grpo.config import DenoiseSection
 from grpo.data import completion_mask
 from grpo.denoise import StepRecord, denoise
@@ -189,9 +189,25 @@ def roll_out(
     visible = attention_mask.repeat_interleave(group_size, 0)
     completion = completion_mask(visible, prompt_tokens)
     mask = None if bool(attention_mask.all()) else visible
-    records: list[StepRecord] = []
-    forgotten = ({"hidden": None} if replay else {}) | ({"judged": None} if replay or not positions else {})
-    inputs = waves = None
+    parts: list[dict[str, Tensor | None]] = []
+    judged: list[StepRecord] = []
+    read: list[Tensor] = []
+    waves: list[Tensor] = []
+
+    def remember(step: StepRecord) -> None:
+        """Keep of a step what is credited; the rest of its states and nuclei is freed before the next step's exist."""
+        step = replace(step, hidden=None, judged=None) if replay else step
+        if policy_tokens == "kept":
+            parts.append(_actions(step, step.masked & ~step.remask, len(step.logprobs) - step.num_remasked))
+        else:
+            parts.append(_actions(step, step.masked, len(step.logprobs)))
+        if positions and step.scores is not None:  # the last step re-masks nothing
+            judged.append(replace(step, support=None, hidden=step.hidden if remasking == "confidence" else None))
+        if replay:
+            read.append(step.inputs)
+        if settings.sampler:
+            waves.append(step.waves)
+
     if model.trunk.causal:
         record = generate(
             model,
@@ -203,8 +219,8 @@ def roll_out(
             record=True,
         )
         final = torch.where(visible, record.tokens, tokens)
-        parts = [_actions(record, completion)]
-        inputs = final[None] if replay else None
+        parts.append(_actions(record, completion, int(completion.sum())))
+        read.append(final)
     else:
         final = denoise(
             model,
@@ -222,17 +238,11 @@ def roll_out(
             min_neighbors_ratio=min_neighbors_ratio,
             mask_bias=mask_bias,
             remasking_model=remasking_model,
-            on_step=lambda record: records.append(replace(record, **forgotten)),
+            on_step=remember,
         )
-        inputs = torch.stack([record.inputs for record in records]) if replay else None
-        waves = torch.stack([record.waves for record in records]) if settings.sampler else None
-        parts = [_actions(r, r.masked & ~r.remask if policy_tokens == "kept" else r.masked) for r in records]
     actions = {
         name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in ACTION_FIELDS
     }
-    choices = None
-    if positions and len(records) > 1:
-        choices = _choices(records[:-1], remasking, settings.randomness, mask_bias, replay)  # the last re-masks nothing
     return Rollout(
         tokens=final,
         attention_mask=visible,
@@ -240,21 +250,23 @@ def roll_out(
         group_size=group_size,
         temperature=settings.temperature,
         policy_version=policy_version,
-        waves=waves,
-        inputs=inputs,
-        choices=choices,
+        waves=torch.stack(waves) if waves else None,
+        inputs=torch.stack(read) if replay else None,
+        choices=_choices(judged, remasking, settings.randomness, mask_bias, replay) if judged else None,
         **(actions | {"hidden": None} if replay else actions),
     ).to("cpu")
 
 
-def _actions(record: StepRecord, credited: Tensor) -> dict[str, Tensor | None]:
-    """The credited ones [B, T] among a step's proposals, which the record holds in row-major order of `masked`."""
-    chosen = credited[record.masked]
-    rows, positions = credited.nonzero(as_tuple=True)
-    pick = lambda x: None if x is None else x[chosen]  # noqa: E731
+def _actions(record: StepRecord | Generation, credited: Tensor, num: int) -> dict[str, Tensor | None]:
+    """The credited ones, [B, T] bool and `num` of them, among a step's proposals, which the record holds in row-major
+    order of `masked`. The host, which knows their number, does not wait."""
+    places = torch.nonzero_static(credited.flatten(), size=num)[:, 0]
+    rows, positions = places // credited.shape[1], places % credited.shape[1]
+    chosen = None if num == len(record.logprobs) else (record.masked.flatten().cumsum(0) - 1)[places]
+    pick = lambda x: x if x is None or chosen is None else x[chosen]  # noqa: E731
     return {
         "hidden": pick(record.hidden),
-        "actions": record.proposals[rows, positions],
+        "actions": record.proposals.flatten()[places],
         "rows": rows,
         "positions": positions,
         "steps": torch.full_like(rows, record.step),

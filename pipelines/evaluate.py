@@ -147,7 +147,8 @@ def measure_grid(
         policy = "none" if causal else resolve_policy(denoise.remasking, models[name], load_remasking_model(denoise))
         what = {key: getattr(denoise, key) for key in SWEPT} | {"remasking": policy}
         length = config.data.block_size - config.grpo.prompt_tokens
-        rows.append({"model": name, **what, "nfe": length if causal else forwards(policy, denoise.steps), **done[task]})
+        nfe = length if causal else forwards(policy, denoise.steps, denoise.randomness)
+        rows.append({"model": name, **what, "nfe": nfe, **done[task]})
     return awaited([natural], "natural text to be measured", display)[0], rows
 
 

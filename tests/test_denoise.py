@@ -85,7 +85,7 @@ def test_every_policy_ends_with_text_and_keeps_the_prompt(model, classifier, pol
 def test_trunk_forwards_per_step(model, policy, expected, sampler):
     calls = []
     hook = model.trunk.register_forward_hook(lambda *_: calls.append(1))
-    run(model, prompts(), remasking=policy, sampler=sampler)
+    run(model, prompts(), remasking=policy, sampler=sampler, randomness=0.5)
     hook.remove()
     assert len(calls) == expected  # one per step, a second one on all but the last where the filled text is read
 
@@ -96,7 +96,7 @@ def test_the_remasking_model_costs_its_own_forward_and_none_of_the_generators(mo
         m.trunk.register_forward_hook(lambda *_, name=name: calls.update([name]))
         for name, m in (("generator", model), ("classifier", classifier))
     ]
-    run(model, prompts(), remasking="auto", remasking_model=classifier)
+    run(model, prompts(), remasking="auto", remasking_model=classifier, randomness=0.5)
     for hook in hooks:
         hook.remove()
     assert calls == {"generator": 4, "classifier": 3}
@@ -179,7 +179,8 @@ def test_specials_are_never_proposed(model):
 @pytest.mark.parametrize("sampler", [False, True])
 def test_recorded_states_give_the_recorded_logprobs_and_equal_a_replay(sampler):
     model = make_model(dtype=torch.float64)
-    _, records = run(model, prompts(), remasking="self", sampler=sampler, temperature=0.7, top_p=0.8, mask_bias=0.5)
+    _, records = run(model, prompts(), remasking="self", sampler=sampler, temperature=0.7, top_p=0.8, mask_bias=0.5,
+                     randomness=0.5)
     with torch.no_grad():
         for record in records:
             logits = proposal_logits(model, record.hidden, record.neighbors, record.by_lm)

@@ -196,19 +196,20 @@ def test_choices_follow_the_plackett_luce_law():
         assert abs(frequency - expected) < 4 * math.sqrt(expected / rows)
 
 
+@pytest.mark.parametrize("randomness", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_forwards_are_those_that_denoising_takes(policy):
+def test_forwards_are_those_that_denoising_takes(policy, randomness):
     model, classifier, passes = make_model(), make_model("token_classifier"), []
     for each in (model, classifier):
         each.trunk.register_forward_hook(lambda *_: passes.append(1))
     tokens = torch.full((3, 12), model.vocabulary.mask_id)
     denoise(model, tokens, seeds=row_seeds(0, 1, 0, torch.arange(3)), steps=5, remasking=policy,
-            remasking_model=classifier if policy == "model" else None)
-    assert len(passes) == forwards(policy, 5)
+            randomness=randomness, remasking_model=classifier if policy == "model" else None)
+    assert len(passes) == forwards(policy, 5, randomness)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("num", [1, 7, 8])
 def test_steps_within_are_the_most_that_the_forwards_pay_for(policy, num):
     steps = steps_within(policy, num)
-    assert forwards(policy, steps) <= num < forwards(policy, steps + 1)
+    assert forwards(policy, steps, 0.5) <= num < forwards(policy, steps + 1, 0.5)

@@ -1,5 +1,6 @@
 import itertools
 import math
+import weakref
 from dataclasses import fields, replace
 
 import pytest
@@ -101,13 +102,23 @@ def test_choices_hold_nothing_that_grows_with_draws_times_positions(kind):
     assert max(value.numel() for value in held.values() if isinstance(value, torch.Tensor)) <= 2 * choices.turns.numel()
 
 
-@pytest.mark.parametrize("positions", [False, True])
-def test_judged_states_are_kept_for_choices_that_are_credited_alone(positions, monkeypatch):
-    kept, of_step = [], trajectory._actions
-    monkeypatch.setattr(trajectory, "_actions", lambda record, which: kept.append(record) or of_step(record, which))
-    rolled(make_model(20, block_size=16), torch.arange(4), remasking="critic", randomness=0.5, positions=positions,
-           length=16, prompt=4, steps=3)
-    assert [record.judged is not None for record in kept] == [positions, positions, False]
+@pytest.mark.parametrize(("policy", "positions"), [("random", False), ("critic", False), ("critic", True)])
+def test_of_a_step_nothing_outlives_it_but_what_is_credited(policy, positions, monkeypatch):
+    refs, alive, of_step = [], [], trajectory._actions
+
+    def noted(record, *credited):
+        alive.append([ref() is not None for ref in refs])
+        refs.extend(weakref.ref(table) for table in (record.hidden, record.support))
+        if record.judged is not None and not positions:
+            refs.append(weakref.ref(record.judged))
+        return {name: None if value is None else value.clone() for name, value in of_step(record, *credited).items()}
+
+    monkeypatch.setattr(trajectory, "_actions", noted)
+    credits = {"policy_tokens": "kept" if policy == "random" else "all", "positions": positions}
+    rollout = rolled(make_model(20, block_size=16), torch.arange(4), remasking=policy, randomness=0.5, top_p=0.9,
+                     steps=4, length=16, prompt=4, **credits)
+    assert len(refs) >= 8 and not any(map(any, alive))
+    assert positions == (rollout.choices is not None and rollout.choices.hidden is not None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
