@@ -5,7 +5,8 @@
    key and the nearest existing one.
 2. A mapping of the user's own names (`grpo.rewards`, `sweep.space`) is replaced by what is given for it, like any other
    value; `grpo.rewards.NAME=VALUE` adds one entry, dots in its name included.
-3. A hash covers named sections only, so that a cached base model is found again when unrelated keys change.
+3. An override of a text is taken as it stands (`run.name=1.10`), or as YAML if it is quoted (`'data.separator="\\n"'`).
+4. A hash covers named sections only, so that a cached base model is found again when unrelated keys change.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ from grpo.files import write_text
 
 def _all_keys() -> list[str]:
     return [f"{section}.{key}" for section, values in to_dict(Config()).items() for key in values]
+
+
+def _texts() -> list[str]:
+    """Keys that hold a text."""
+    sections = to_dict(Config())
+    return [f"{section}.{key}" for section in sections for key, value in sections[section].items()
+            if isinstance(value, str)]
 
 
 def _mappings() -> list[str]:
@@ -72,14 +80,18 @@ def load_config(
         given = [key for key in _mappings() if key.partition(".")[2] in values.get(key.partition(".")[0], {})]
         tree = _merge(_emptied(tree, given), values, f"config file {path}")
     for override in overrides or []:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals or "." not in key:
             raise ValueError(f"override {override!r} must read section.key=value, for example grpo.group_size=16")
         *mapping, last = _path(key)
         if len(mapping) > 1:
             override = f"{'.'.join(mapping)}[{last}]{override[len(key):]}"
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
         try:
-            values = OmegaConf.from_dotlist([override])
+            if key in _texts() and not quoted:
+                values = OmegaConf.create({mapping[0]: {last: text}})
+            else:
+                values = OmegaConf.from_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"override {override!r}: {str(error).splitlines()[0]}") from None
         tree = _merge(_emptied(tree, [key] if key in _mappings() else []), values, "command line", key)

@@ -241,13 +241,14 @@ class Cursor:
         return self._orders[epoch]
 
 
-def windows(dataset: Dataset, split: str, num: int, block_size: int, seed: int) -> Batch:
+def windows(dataset: Dataset, split: str, num: int, block_size: int, seed: int, *, key: str = "") -> Batch:
     """Fixed windows of a split that do not overlap (documents: rows); a larger `num` extends a smaller one.
 
     Args:
         num: B, how many.
         block_size: T, tokens each.
         seed: chooses which; equal seeds give equal windows.
+        key: the config's, that asks for so many.
 
     Returns:
         [B, T] tokens and attention mask.
@@ -255,7 +256,7 @@ def windows(dataset: Dataset, split: str, num: int, block_size: int, seed: int) 
     Raises:
         ValueError: the split holds fewer.
     """
-    row, start, _ = _chosen(dataset, split, num, block_size, seed)
+    row, start, _ = _chosen(dataset, split, num, block_size, seed, key)
     return _gather(dataset, split, row, start, block_size)
 
 
@@ -265,13 +266,13 @@ def window_places(dataset: Dataset, split: str, num: int, block_size: int, seed:
 
 
 def _chosen(
-    dataset: Dataset, split: str, num: int, block_size: int, seed: int
+    dataset: Dataset, split: str, num: int, block_size: int, seed: int, key: str = ""
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, start within it, and place in the split, of each of `windows`."""
     length = dataset.splits[split].length
     count = np.ones_like(length) if _is_documents(dataset) else length // block_size
     if count.sum() < num:
-        raise ValueError(_too_short(dataset, split, num, int(count.sum()), block_size))
+        raise ValueError(_too_short(dataset, split, num, int(count.sum()), block_size, key))
     row, start = _tile(count, np.zeros_like(length), block_size)
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64])))
     chosen = rng.permutation(row.size)[:num]
@@ -307,12 +308,13 @@ def _is_documents(dataset: Dataset) -> bool:
     return dataset.meta["section"]["layout"] == "documents"
 
 
-def _too_short(dataset: Dataset, split: str, wanted: int, found: int, block_size: int) -> str:
+def _too_short(dataset: Dataset, split: str, wanted: int, found: int, block_size: int, key: str = "") -> str:
     unit = "documents" if _is_documents(dataset) else f"windows of {block_size} tokens"
     share = "share for the other splits" if split == "train" else f"data.{split}_fraction"
-    smaller = "" if _is_documents(dataset) else "a smaller block_size, "
+    smaller = [] if _is_documents(dataset) else ["data.block_size"]
+    fewer = " or ".join(["", *(f"a smaller {name}" for name in [*smaller, key] if name)])
     return (f"{dataset.folder}: the {split} split holds {found} {unit}, {wanted} needed: use more text, another "
-            f"{share}, {smaller}or ask for fewer")
+            f"{share}{fewer}")
 
 
 def make_dataset(documents: Iterable[str], section: DataSection, folder: str | Path) -> Dataset:

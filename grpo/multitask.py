@@ -5,7 +5,7 @@
 1. Three stages by step: the generator alone, then the sampler, then the critic with its ramp. Pretraining counts
    optimizer steps; adversarial rounds pass a step beyond every ramp.
 2. The critic reads the text that the generator itself would propose: [MASK]s filled by samples, by the wavefront once
-   the sampler is active. That is a second trunk pass.
+   the sampler is active. That is a second trunk pass. The samples are of the loss's own logits, dropout included.
 3. Each part is divided by its own count over the whole optimizer step (`counts`, summed over micro-batches and ranks
    from outside), so any split gives the same gradient.
 4. A frozen trunk is read without gradients; the heads then train on states.
@@ -105,7 +105,11 @@ def corrupt_batch(
     if not share or not stage.remask_ratio:
         return corrupted
     blank = corrupted.inputs.masked_fill(corrupted.replaced, model.vocabulary.mask_id)
-    own = fill(model, blank, attention_mask if objective.padded else None, seeds)  # as it will when it samples
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # as it will when it samples: dropout is not text's
+    own = fill(model, blank, attention_mask if objective.padded else None, seeds)
+    for module in training:
+        module.training = True
     return corrupt(clean, **rows, **rates, own_predictions=own, own_share=share)
 
 

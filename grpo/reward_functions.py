@@ -49,7 +49,7 @@ def _resolve(name: str) -> RewardFunction:
     except ModuleNotFoundError as error:
         where = "" if error.name and not module_name.startswith(error.name) else " in the current folder or PYTHONPATH"
         raise ValueError(f"{wrong}no module {error.name}{where}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: a script that parses its command line, say
         raise ValueError(f"{wrong}importing {module_name} raised {type(error).__name__}: {_line(error)}") from None
     function = getattr(module, function_name, None)
     if callable(function):

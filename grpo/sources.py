@@ -271,11 +271,11 @@ def _read_jsonl(part: Part, text_column: str, separator: str) -> Iterator[str]:
             raise ValueError(f"{where} is not JSON ({error}): write one object per line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{where} holds a JSON {type(record).__name__}: write one object per line")
-        if text_column not in record:
-            raise ValueError(_no_column(where, text_column, list(record)))
+        _check_column(where, text_column, list(record))
         if not isinstance(record[text_column], str | None):
+            others = ", ".join(name for name, value in record.items() if isinstance(value, str)) or "(none)"
             raise ValueError(f"{where}: {text_column!r} holds a {type(record[text_column]).__name__}, not text: set "
-                             f"data.text_column to one of {', '.join(record)}")
+                             f"data.text_column to one of {others}")
         yield record[text_column] or ""
 
 
@@ -308,12 +308,18 @@ def _range_text(part: Part, delimiter: bytes, remedy: str) -> tuple[int, str]:
     try:
         return part.start + begin, data[begin : end if end >= 0 else None].decode()
     except UnicodeDecodeError as error:
+        coding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
         raise ValueError(f"{part.path} is not UTF-8 text (byte {part.start + begin + error.start}): convert it, for "
-                         f"example with `iconv -f latin1 -t utf-8`, or leave it out of data.source") from error
+                         f"example with `iconv -f {coding} -t utf-8`, or leave it out of data.source") from error
 
 
-def _no_column(where: str, text_column: str, names: list[str]) -> str:
-    return f"{where} has no column {text_column!r}: set data.text_column to one of {', '.join(names) or '(none)'}"
+def _check_column(where: str, text_column: str, names: list[str]) -> None:
+    """Raise a ValueError unless just one of the columns has that name."""
+    if text_column not in names:
+        raise ValueError(f"{where} has no column {text_column!r}: set data.text_column to one of "
+                         f"{', '.join(names) or '(none)'}")
+    if names.count(text_column) > 1:
+        raise ValueError(f"{where} has {names.count(text_column)} columns {text_column!r}: rename all but one")
 
 
 def _texts(part: Part, text_column: str, column: pa.Array | pa.ChunkedArray) -> list[str]:
@@ -339,8 +345,7 @@ def _damaged(part: Part, kind: str, error: Exception) -> str:
 
 def _read_parquet(part: Part, text_column: str, separator: str) -> Iterator[str]:
     file = _parquet(part)
-    if text_column not in file.schema_arrow.names:
-        raise ValueError(_no_column(part.path, text_column, file.schema_arrow.names))
+    _check_column(part.path, text_column, file.schema_arrow.names)
     try:
         table = file.read_row_groups(range(part.start, part.stop), columns=[text_column])
     except (OSError, pa.ArrowException) as error:
@@ -359,8 +364,7 @@ def _read_arrow(part: Part, text_column: str, separator: str) -> Iterator[str]:
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             else:
                 reader = batches = pa.ipc.open_stream(file)
-            if text_column not in reader.schema.names:
-                raise ValueError(_no_column(part.path, text_column, reader.schema.names))
+            _check_column(part.path, text_column, reader.schema.names)
             for batch in batches:
                 yield from _texts(part, text_column, batch.column(text_column))
     except (OSError, pa.ArrowException) as error:
@@ -373,8 +377,7 @@ def _read_csv(part: Part, text_column: str, separator: str) -> Iterator[str]:
     try:
         with _open(part) as file:
             names = pa.csv.open_csv(file, read_options=read, parse_options=parse).schema.names
-        if text_column not in names:
-            raise ValueError(_no_column(part.path, text_column, names))
+        _check_column(part.path, text_column, names)
         convert = pa.csv.ConvertOptions(include_columns=[text_column], column_types={text_column: pa.string()})
         with _open(part) as file:
             for batch in pa.csv.open_csv(file, read_options=read, parse_options=parse, convert_options=convert):

@@ -29,6 +29,7 @@ import numpy as np
 import tiktoken
 
 TRAINING_BYTES = 16 * 2**20
+MOST_PAIRS = 1 << 20
 DOWNLOAD_S = 30.0
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 RANKS_FILE, DESCRIPTION_FILE = "tokenizer.tiktoken", "tokenizer.json"
@@ -195,8 +196,9 @@ def _scalar_values(text: str) -> str:
 
 def _bpe_size(kind: str) -> int:
     size = kind.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) < 256:
-        raise ValueError(f"data.tokenizer must be bpe:<size> with a size of at least 256 (the bytes), got {kind!r}")
+    if not size.isdecimal() or not 256 <= int(size) <= MOST_PAIRS:
+        raise ValueError(f"data.tokenizer must be bpe:<size> with a size from 256 (the bytes) to {MOST_PAIRS}, got "
+                         f"{kind!r}")
     return int(size)
 
 

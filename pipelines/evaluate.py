@@ -23,6 +23,7 @@ if __name__ == "__main__":  # `python pipelines/evaluate.py` puts pipelines/ fir
 # ruff: noqa: E402
 import argparse
 import itertools
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -160,14 +161,16 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         checkpoints["base"] = find_checkpoint(args.base, "--base")
     folder = run_folder(config.run, f"evaluate-{config_hash(*map(str, checkpoints.values()), config)}")
     resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
-    folder.mkdir(parents=True, exist_ok=True)
-    tracking = Tracker(config.tracking, folder, folder.name, config=to_dict(config), resumes=False)
-    with Display() as display, tracking as tracker:
+    of = {key: str(path) for key, path in checkpoints.items()}
+    with Display() as display, ExitStack() as stack:
         dataset = prepare(config.data, config.run.cache, display)
         check_enough(config, dataset)
         load_scorer(config.evaluation.scorer, open_dataset(dataset).tokenizer)
         for option, checkpoint in zip(("--checkpoint", "--base"), checkpoints.values(), strict=False):
             check_model(option, checkpoint, config, open_dataset(dataset))
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {"config": to_dict(config), "inputs": {"checkpoints": of}}
+        tracker = stack.enter_context(Tracker(config.tracking, folder, folder.name, **told, resumes=False))
         start_ray()
         follow_judge(ray.remote(**task_options(config.cluster))(fit_judge).remote(config, dataset), display)
         judge = judge_folder(config, dataset)
@@ -177,7 +180,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         bounds = {row["model"]: row["nelbo_bpb"] for row in bounded}
         if weak := weak_judge(natural["judge_bpb"], min(bounds.values())):
             display.note(weak)
-        summary = {"checkpoints": {key: str(path) for key, path in checkpoints.items()}, "judge": judge.name,
+        summary = {"checkpoints": of, "judge": judge.name,
                    "weak_judge": weak, "nelbo_bpb": bounds, "natural": natural, "rows": rows}
         write_json(folder / "summary.json", summary)
         tracker.figure("frontier", frontier_figure(rows, natural))

@@ -98,10 +98,10 @@ class Paths:
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     resolve_rewards(config.grpo.rewards)  # a name that nobody has is said before anything starts
-    folder = run_folder(config.run, f"grpo-{config_hash(config)}")
+    folder = run_folder(config.run, f"grpo-{config_hash(config)}", trains=True)
     with alone(folder), Display() as display:
         _check_rounds(config, folder)
-        paths, config = _prepare(config, display)
+        paths, config = _prepare(config, folder, display)
         check_same(folder, _what_decides(config, paths))
         save_config(config, folder / "config.yaml")
         meta = open_dataset(paths.dataset).meta
@@ -166,21 +166,28 @@ def _check_rounds(config: Config, folder: Path) -> None:
         )
 
 
+def _asked(config: Config) -> dict[str, Any]:
+    """What the config says of the rounds, whatever their base."""
+    sections = to_dict(config)
+    names = ("corruption", "loss", "mask_bias", "critic", "sampler", "denoise", "grpo", "reward")
+    kept = {name: {key: value for key, value in sections[name].items() if key not in BOOKKEEPING} for name in names}
+    return {"run": {"seed": config.run.seed}, **kept}
+
+
 def _what_decides(config: Config, paths: Paths) -> dict[str, Any]:
     """What the rounds are a function of: a folder that holds other rounds is not gone on with."""
-    sections = to_dict(config)
-    names = ("model", "corruption", "loss", "mask_bias", "critic", "sampler", "denoise", "grpo", "reward")
-    kept = {name: {key: value for key, value in sections[name].items() if key not in BOOKKEEPING} for name in names}
     remasker = remasking_checkpoint(config.denoise)
     used = {"base": paths.base} | ({"remasking_model": remasker} if remasker else {})
     weights = {name: model_digest(path) for name, path in used.items()}
-    return {"dataset": paths.dataset.name, "run": {"seed": config.run.seed}, **weights, **kept}
+    return {"dataset": paths.dataset.name, "model": to_dict(config)["model"], **weights, **_asked(config)}
 
 
-def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
+def _prepare(config: Config, folder: Path, display: Display) -> tuple[Paths, Config]:
     """Data, base model and judge, each made once and cached; the config with the base model's own shape."""
 
-    load_remasking_model(config.denoise)  # a wrong one is said before anything starts
+    load_remasking_model(config.denoise)  # a wrong one is said before anything starts, and so is a wrong base
+    if config.grpo.base:
+        find_checkpoint(config.grpo.base, "grpo.base")
     if config.denoise.remasking != "auto":
         credits_positions(config.grpo.policy_positions, config.denoise.remasking, config.denoise.randomness)
     start_ray()
@@ -188,7 +195,9 @@ def _prepare(config: Config, display: Display) -> tuple[Paths, Config]:
     check_fits(config.cluster, config.grpo, nodes)
     device = computes_on(config.cluster, nodes, config.grpo.num_workers, "grpo.num_workers")
     display.note(f"data: {config.data.source}; {device}")
+    check_same(folder, _asked(config), partly=True)
     dataset = prepare(config.data, config.run.cache, display)
+    check_same(folder, {"dataset": dataset.name}, partly=True)
     check_enough(config, dataset)
     tokenizer = open_dataset(dataset).tokenizer
     load_scorer(config.evaluation.scorer, tokenizer)
@@ -236,6 +245,8 @@ def check_base(base: Path, config: Config, dataset: Path) -> GPT:
         raise ValueError(
             f"grpo.base {base} was trained with data.block_size {model.block_size}, got {config.data.block_size}"
         )
+    if config.denoise.sampler and not model.model.sampler:
+        raise ValueError(f"denoise.sampler must be false, for grpo.base {base} has no sampler head, got true")
     if model.residual not in (0, config.grpo.residual):
         raise ValueError(f"grpo.residual must be {model.residual}, as in grpo.base {base}, got {config.grpo.residual}")
     return model

@@ -56,7 +56,7 @@ def check_enough(config: Config, dataset: Path) -> None:
     """Raise a ValueError where a split holds too little text to measure by, or none that goes on after a prompt."""
     data, num, prompt = open_dataset(dataset), config.evaluation.samples, config.grpo.prompt_tokens
     for split, rows in (("validation", num), ("judge", 2 * num)):
-        drawn = windows(data, split, rows, config.data.block_size, VALIDATION_WINDOWS_SEED)
+        drawn = windows(data, split, rows, config.data.block_size, VALIDATION_WINDOWS_SEED, key="evaluation.samples")
         for part in drawn.attention_mask.split(num):
             longest = int(part.sum(1).max())
             check(prompt <= longest - SHORTEST, "grpo.prompt_tokens",

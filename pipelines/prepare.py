@@ -25,6 +25,7 @@ import dataclasses
 import json
 import logging
 import random
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -142,6 +143,12 @@ def _write_on_ray(
     return [shard for piece in sorted(written) for shard in written[piece]]
 
 
+def _next(args: argparse.Namespace) -> str:
+    """The command that pretrains on what was prepared."""
+    asked = [override for override in args.overrides if not override.startswith("run.name=")]
+    return shlex.join(["python", "pipelines/pretrain.py", *(["--config", args.config] if args.config else []), *asked])
+
+
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     run = run_folder(config.run, f"prepare-{config_hash(config.data)}")
@@ -157,7 +164,8 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
              dataset.meta["splits"][split]["rows"]] for split in SPLITS]
     summary_table(f"{dataset.meta['tokenizer']['kind']} tokens, vocabulary {dataset.vocabulary.base_size}", rows,
                   ["split", "tokens", "bytes", "bytes per token", "rows"])
-    print(f"dataset  {folder}\nsummary  {run / 'summary.json'}\nnext     python pipelines/pretrain.py")
+    print(f"dataset  {folder}\nsummary  {run / 'summary.json'}\n"
+          f"next     {_next(args)}")
     return summary
 
 

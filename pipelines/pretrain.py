@@ -66,8 +66,8 @@ def pretrain(config: Config, *, folder: Path | None = None, display: Display | N
     started = time.monotonic()
     with contextlib.nullcontext(display) if display else Display() as shown:
         dataset = open_dataset(prepare(config.data, config.run.cache, shown))
-        for split, rows in (("train", 1), ("validation", config.pretrain.eval_rows)):
-            windows(dataset, split, rows, config.data.block_size, seed=0)  # too little text is said first
+        for split, rows, key in (("train", 1, ""), ("validation", config.pretrain.eval_rows, "pretrain.eval_rows")):
+            windows(dataset, split, rows, config.data.block_size, seed=0, key=key)  # too little text is said first
         if config.pretrain.mode != "generator":
             make_trainer(config, dataset, Ranks())  # and so is a teacher that does not fit
         decides = what_decides(config, dataset.folder)
@@ -138,7 +138,7 @@ def _fit(job: PretrainJob, tracker: Tracker, display: Display) -> dict[str, Any]
 
 
 def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    folder = run_folder(config.run, f"pretrain-{config_hash(config)}")
+    folder = run_folder(config.run, f"pretrain-{config_hash(config)}", trains=True)
     pretrain(config, folder=folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     rows = [[key, value] for key, value in summary.items() if not key.removeprefix("last_").startswith(PARTS)]

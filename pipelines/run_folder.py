@@ -21,17 +21,24 @@ from grpo.files import write_json
 from grpo.run_checkpoints import mend_interrupted, newest_step
 from pipelines.metric_names import flatten
 
+DECIDES = "decides.json"
+"""What the weights in a folder are a function of: keys of the config, then names of data and of other weights."""
 
-def run_folder(run: RunSection, default: str, *, caches: bool = True) -> Path:
+
+def run_folder(run: RunSection, default: str, *, caches: bool = True, trains: bool = False) -> Path:
     """The absolute folder of a run, named `default` unless `run.name` names it; nothing is made there yet.
 
     Args:
         caches: whether the pipeline keeps something in `run.cache` too.
+        trains: whether it leaves a model in the folder, which then may hold one.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: nothing can be written there, or what a training run has written would be replaced.
     """
     folder = Path(run.output).expanduser().absolute() / (run.name or default)
+    if not trains and (folder / DECIDES).exists():
+        raise ValueError(f"run.name: {folder} holds a run that trained a model, whose records this would replace: "
+                         "choose another run.name, or none")
     check_folder(folder, "run.output")
     if caches:
         check_folder(Path(run.cache).expanduser().absolute(), "run.cache")
@@ -82,14 +89,20 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_same(folder: Path, decides: dict[str, Any], begun: bool = False) -> None:
-    """A folder that holds weights, or work `begun`, belongs to one config: name the first key that differs."""
-    path = folder / "decides.json"
+def check_same(folder: Path, decides: dict[str, Any], begun: bool = False, *, partly: bool = False) -> None:
+    """A folder that holds weights, or work `begun`, belongs to one config: name the first key that differs.
+
+    Args:
+        partly: `decides` says what is known so far, and nothing is written yet.
+    """
+    path = folder / DECIDES
     if not path.exists() or not (begun or newest_step(folder) or (folder / "best").exists()):
-        write_json(path, decides)
+        if not partly:
+            write_json(path, decides)
         return
     before, now = (flatten(values) for values in (json.loads(path.read_text(encoding="utf-8")), decides))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(now if partly else before.keys() | now.keys(), key=lambda key: ("." not in key, key)):
         if before.get(key) != now.get(key):
-            raise ValueError(f"{folder} holds a run with {key}={before.get(key)}, not {now.get(key)}: choose another "
-                             "run.name, or delete that folder")
+            old, new = before.get(key), now.get(key)
+            other = f"{key}={old}, not {new}" if "." in key else f"another {key} ({old!s:.20}, not {new!s:.20})"
+            raise ValueError(f"{folder} holds a run with {other}: choose another run.name, or delete that folder")

@@ -68,7 +68,7 @@ def main(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     check_objective(config)
     weights = {key: values[0] for key, (_, values) in config.sweep.ranges.items() if key.startswith("grpo.rewards.")}
     resolve_rewards(with_values(config, weights, "sweep.space").grpo.rewards)  # an unknown name is said first
-    folder = run_folder(config.run, f"sweep-{config_hash(config)}")
+    folder = run_folder(config.run, f"sweep-{config_hash(config)}", trains=True)
     cache = str(Path(config.run.cache).expanduser().absolute())
     placed = replace(config, run=replace(config.run, output=str(folder.parent), cache=cache))
     with alone(folder), Display() as display:

@@ -67,6 +67,7 @@ class Tracker:
         folder: the run's folder; its parent holds the default store.
         name: of the MLflow run.
         config: resolved config, logged as params and as `config.yaml`; on a resume a changed value becomes a tag.
+        inputs: what is logged as params beside it: checkpoints by the names of their parts.
         start_step: first step that this process logs; unsent records from there on are made again, so they are dropped.
         run_id: attach to this run instead of the folder's; `finish` then leaves the run open for its owner.
         parent_run_id: of the sweep that this run is a trial of.
@@ -77,15 +78,16 @@ class Tracker:
     """
 
     def __init__(self, section: TrackingSection, folder: str | Path, name: str, *,
-                 config: Mapping[str, Any] | None = None, start_step: int = 0, run_id: str | None = None,
-                 parent_run_id: str | None = None, resumes: bool = True, writer: str = "driver", flush_s: float = 1.0,
+                 config: Mapping[str, Any] | None = None, inputs: Mapping[str, Any] | None = None, start_step: int = 0,
+                 run_id: str | None = None, parent_run_id: str | None = None, resumes: bool = True,
+                 writer: str = "driver", flush_s: float = 1.0,
                  warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self.uri = tracking_uri(section, self.folder.parent)
         self._place = re.sub("//[^/@]*@", "//", self.uri)  # for others to read: without a password
         self._experiment, self._name, self._config, self._parent = section.experiment, name, config, parent_run_id
         self._attached, self._run_id, self._flush_s, self._warn = run_id is not None, run_id, flush_s, warn
-        self._resumes = resumes
+        self._resumes, self._inputs = resumes, inputs or {}
         self._names = MetricNames()
         self._file = self.folder / f"unsent-{writer}.jsonl"
         self._pending: deque[dict[str, Any]] = deque(_unsent(self._file, start_step))
@@ -290,7 +292,7 @@ class Tracker:
     def _log_config(self, client: Any, run: Any) -> None:
         from mlflow.entities import Param, RunTag
 
-        given, known = params(self._config), run.data.params
+        given, known = params({**self._config, **self._inputs}), run.data.params
         new = [Param(key, value) for key, value in given.items() if key not in known]
         tags = [RunTag(f"resumed_with.{key}", value) for key, value in given.items() if known.get(key, value) != value]
         for start in range(0, len(new), 100):

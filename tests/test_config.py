@@ -27,6 +27,15 @@ def test_overrides_win_over_the_file(tmp_path):
     assert tuple(config.reward.layers) == (1, -1)
 
 
+@pytest.mark.parametrize("text, value", [
+    ("1.10", "1.10"), ("007", "007"), ("12:30", "12:30"), ("yes", "yes"), ("|", "|"), ("*.txt", "*.txt"), ("", ""),
+    ("{a,b}.txt", "{a,b}.txt"), ("a=b", "a=b"), ('"\\n"', "\n"), ("'it''s'", "it's"), ("null", "null"),
+])
+def test_a_text_is_taken_as_it_stands_unless_it_is_quoted(text, value):
+    config = load_config(None, [f"data.separator={text}", f"run.name={text}"])
+    assert (config.data.separator, config.run.name) == (value, value)
+
+
 @pytest.mark.parametrize("overrides, rewards", [
     ([], {"one.module:f": 1.0}),
     (['grpo.rewards={"mine:f": 0.5}'], {"mine:f": 0.5}),

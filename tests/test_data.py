@@ -119,10 +119,11 @@ def test_window_places_follow_the_order_of_the_corpus(blocks, documents):
 
 
 def test_too_many_windows_are_refused_with_the_remedy(blocks, documents):
-    for dataset, message in ((blocks, "windows of 32 tokens, 9999 needed.*validation_fraction.*smaller block_size"),
-                             (documents, "holds 10 documents, 9999 needed.*data.validation_fraction")):
+    remedy = "9999 needed: use more text, another data.validation_fraction or a smaller"
+    for dataset, message in ((blocks, f"windows of 32 tokens, {remedy} data.block_size or a smaller some.key$"),
+                             (documents, f"holds 10 documents, {remedy} some.key$")):
         with pytest.raises(ValueError, match=message) as error:
-            windows(dataset, "validation", 9999, 32, 0)
+            windows(dataset, "validation", 9999, 32, 0, key="some.key")
         assert "\n" not in str(error.value) and str(dataset.folder) in str(error.value)
 
 

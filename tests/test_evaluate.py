@@ -80,6 +80,9 @@ def test_two_models_are_measured_at_every_setting_beside_natural_text(ray_sessio
     run_id = json.loads((tmp_path / "runs" / "here" / "mlflow.json").read_text())["run_id"]
     first, *_ = MlflowClient(earlier.uri).get_metric_history(run_id, "model/entropy")
     assert run_id != earlier_run and (first.step, first.value > 0) == (0, True)
+    params = MlflowClient(earlier.uri).get_run(run_id).data.params
+    assert {name: params[f"checkpoints.{name}"] for name in ("model", "base")} == {
+        name: str(tmp_path / name) for name in ("model", "base")}
     summary = json.loads((tmp_path / "runs" / "here" / "summary.json").read_text())
     rows = {(row["model"], row["temperature"], row["steps"]): row for row in summary["rows"]}
     assert set(rows) == set(product(("model", "base"), (0.02, 1.0), (1, 2)))

@@ -182,3 +182,17 @@ def test_replacements_can_be_the_models_own_predictions():
     assert (wrong != clean).all()
     share = (wrong == 7).double().mean()
     assert share > 2 * (uniform.inputs[uniform.replaced] == 7).double().mean() and share > 0.2
+
+
+def test_own_predictions_are_drawn_without_dropout_and_training_goes_on():
+    config = replace(CONFIG, model=replace(CONFIG.model, dropout=0.5),
+                     corruption=replace(CONFIG.corruption, own_predictions=1.0))
+    model, now = make_model(config), stage(objective(config), LATE)
+    model.heads["critic"].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(1)
+    first, _ = corrupted_rows(model, config, now, *rows())
+    second, _ = corrupted_rows(model, config, now, *rows())
+    assert torch.equal(first.inputs, second.inputs) and [module.training for module in model.modules()] == modes
+    expected, _ = corrupted_rows(model.eval(), config, now, *rows())
+    assert torch.equal(first.inputs, expected.inputs)

@@ -33,10 +33,12 @@ def test_two_functions_never_share_a_figure():
     ("grpo.example_rewards:vowels_share", "has no function vowels_share; did you mean vowel_share?"),
     ("grpo.example_rewards:BRACKETS", "grpo.example_rewards has no function BRACKETS"),
     ("broken_rewards:score", "importing broken_rewards raised ZeroDivisionError: division by zero"),
+    ("script_rewards:score", "importing script_rewards raised SystemExit: 2"),
     ("needing_rewards:score", "got 'needing_rewards:score': no module absent_package"),
 ])
 def test_a_wrong_name_is_one_line_with_key_value_and_remedy(tmp_path, monkeypatch, name, message):
     (tmp_path / "broken_rewards.py").write_text("1 / 0")
+    (tmp_path / "script_rewards.py").write_text("raise SystemExit(2)")
     (tmp_path / "needing_rewards.py").write_text("import absent_package")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -26,6 +26,7 @@ from pipelines.progress import start_board
 from pipelines.ranks import Ranks
 from pipelines.rollouts import publish, shared_by
 from pipelines.rounds import _remedy, train
+from pipelines.run_folder import check_same
 
 pytestmark = pytest.mark.ray
 ROUNDS, WARMUP, STOP = 7, 2, 5
@@ -172,6 +173,34 @@ def test_a_base_that_writes_no_text_is_refused(paths, tmp_path):
     save_checkpoint(tmp_path / "base", model, config={}, tokenizer=data.tokenizer)
     with pytest.raises(ValueError, match="^grpo.base .* is a token_classifier: give the checkpoint of a generator"):
         check_base(tmp_path / "base", configure(), paths.dataset)
+
+
+def test_a_wavefront_needs_a_base_with_a_sampler(paths, tmp_path):
+    data = open_dataset(paths.dataset)
+    model = GPT(ModelSection(n_layer=1, n_head=2, n_embd=16, sampler=False), data.vocabulary, block_size=16)
+    save_checkpoint(tmp_path / "base", model, config={}, tokenizer=data.tokenizer)
+    config = configure()
+    config = replace(config, denoise=replace(config.denoise, sampler=True))
+    with pytest.raises(ValueError, match="^denoise.sampler must be false, for grpo.base .* has no sampler head"):
+        check_base(tmp_path / "base", config, paths.dataset)
+
+
+def test_a_folder_says_which_key_differs_before_what_follows_from_it(tmp_path):
+    before = {"grpo": {"kl": 0.1, "loss": "dapo"}, "base": "a" * 64, "dataset": "data-1"}
+    check_same(tmp_path, before, partly=True)
+    assert not (tmp_path / "decides.json").exists()
+    check_same(tmp_path, before)
+    check_same(tmp_path, {"grpo": {"kl": 0.2}}, partly=True)  # nothing is there yet that it would spoil
+    (tmp_path / "best").mkdir()
+    check_same(tmp_path, {"grpo": {"kl": 0.1}}, partly=True)
+    check_same(tmp_path, before)
+    both = before | {"base": "b", "grpo": {"kl": 1, "loss": "dapo"}}
+    for now, partly, message in (({"grpo": {"kl": 0.2}}, True, "a run with grpo.kl=0.1, not 0.2: choose another"),
+                                 ({"dataset": "data-2"}, True, "a run with another dataset .data-1, not data-2.: ch"),
+                                 (both, False, "a run with grpo.kl=0.1, not 1: choose another"),
+                                 (before | {"base": "b"}, False, f"another base .{'a' * 20}, not b.: choose another")):
+        with pytest.raises(ValueError, match=message):
+            check_same(tmp_path, now, partly=partly)
 
 
 def test_what_helps_after_an_error():

@@ -94,6 +94,15 @@ def test_the_sampled_run_keeps_its_folder_to_itself(runs, tmp_path, config):
     assert folder.name.startswith("sample-") and load_config(folder / "config.yaml").run.name == ""
 
 
+def test_a_folder_of_a_training_run_is_refused(runs, tmp_path):
+    trained = tmp_path / "runs" / "mine"
+    trained.mkdir(parents=True)
+    (trained / "decides.json").write_text("{}")
+    done = run(tmp_path, "--checkpoint", runs / "diffusion", "--num", 1, "run.name=mine")
+    assert done.returncode == 2 and "run.name: " in done.stderr and "choose another run.name" in done.stderr
+    assert [path.name for path in trained.iterdir()] == ["decides.json"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--checkpoint", "nowhere"), "--checkpoint nowhere: no checkpoint there"),
     (("--checkpoint", "{diffusion}", "--prompt", "x" * 30), "--prompt has 30 tokens and --length is 24"),

@@ -273,6 +273,26 @@ def test_wrong_column_lists_those_that_exist(tmp_path, suffix):
     assert list(read_documents(str(path), text_column="content")) == DOCUMENTS
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".arrow"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, suffix):
+    path, table = tmp_path / f"corpus{suffix}", pa.table([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    if suffix == ".csv":
+        path.write_text("text,text\none,two\n")
+    elif suffix == ".parquet":
+        pa.parquet.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    assert str(path) in one_line_error(path, "has 2 columns 'text': rename all but one")
+
+
+def test_text_of_another_coding_is_refused_with_its_name(tmp_path):
+    path = tmp_path / "corpus.txt"
+    for coding, name in (("utf-16", "utf-16"), ("latin1", "latin1")):
+        path.write_bytes("caf\u00e9\n\ntea".encode(coding))
+        one_line_error(path, f"is not UTF-8 text .byte .*iconv -f {name} -t utf-8")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".arrow"])
 def test_a_column_without_text_is_refused(tmp_path, suffix):
     one_line_error(write(tmp_path / f"corpus{suffix}"), "corpus.* not text: set data.text_column", text_column="id")

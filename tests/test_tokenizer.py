@@ -140,7 +140,8 @@ def test_unknown_kinds_get_one_line_with_the_remedy(tmp_path, monkeypatch):
     for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # a closed port: the network is away, whatever the machine
     for kind, message in (("gpt2", "cannot be fetched.*TIKTOKEN_CACHE_DIR"), ("gpt22", "must be bytes, bpe:<size>"),
-                          ("bpe:100", "at least 256"), ("bpe:", "at least 256"), ("bpe:500", "pipelines/prepare.py")):
+                          ("bpe:100", "from 256"), ("bpe:", "from 256"), ("bpe:9999999", "to 1048576"),
+                          ("bpe:500", "pipelines/prepare.py")):
         with pytest.raises(ValueError, match=message) as error:
             build_tokenizer(kind)
         assert "\n" not in str(error.value)
