@@ -105,3 +105,9 @@ def test_the_rollouts_logprobs_are_those_of_the_heads_that_came_along():
     torch.testing.assert_close(fresh, rollout.logprobs, rtol=1e-6, atol=1e-6)
     assert (stale - rollout.logprobs).abs().max() > 1e-2
     assert replace(rollout).tokens.device.type == "cpu"
+
+
+def test_the_learners_mask_bias_reaches_the_choices():
+    generator, heads = make(remasking="self", denoise=DenoiseSection(steps=3, randomness=0.5))
+    rollout = generator.roll_out(heads, 0, 2.5, 0, torch.arange(4), PROMPTS, REAL)
+    assert rollout.choices.mask_bias == 2.5

@@ -16,9 +16,12 @@ from grpo.config import (
     SamplerSection,
 )
 from grpo.corruption import stratified_rows
+from grpo.critic import critic_loss
+from grpo.diffusion_loss import corrective_loss
 from grpo.model import GPT
 from grpo.multitask import Stage, corrupt_batch, counts, multitask_loss, stage
 from grpo.tokenizer import Vocabulary
+from grpo.wavefront import sampler_loss
 
 torch.set_num_threads(1)
 B, T = 8, 12
@@ -196,3 +199,29 @@ def test_own_predictions_are_drawn_without_dropout_and_training_goes_on():
     assert torch.equal(first.inputs, second.inputs) and [module.training for module in model.modules()] == modes
     expected, _ = corrupted_rows(model.eval(), config, now, *rows())
     assert torch.equal(first.inputs, expected.inputs)
+
+
+def test_the_total_is_the_weighted_sum_of_its_parts():
+    config = replace(CONFIG, loss=LossSection(weight_unmask=2.0, weight_remask=0.5, masking_warmup=0),
+                     mask_bias=replace(CONFIG.mask_bias, applies_to="loss"))
+    model, now, asked = make_model(config), stage(objective(config), LATE), objective(config)
+    corrupted, seeds = corrupted_rows(model, config, now, *rows())
+    totals = counts(asked, corrupted)
+    masked, replaced, kept = (float(each.sum()) for each in (corrupted.masked, corrupted.replaced, corrupted.kept))
+    assert totals.tolist() == [2 * masked + 0.5 * replaced + kept, masked, masked]
+    everywhere = replace(asked, critic=replace(asked.critic, scope="all"))
+    assert counts(everywhere, corrupted)[2] == corrupted.loss_mask.sum()
+
+    read = []
+    model.trunk.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    found, metrics = multitask_loss(model, asked, now, corrupted, seeds=seeds, totals=totals, mask_bias=0.7)
+    filled, hidden = read[1], model.encode(corrupted.inputs, corrupted.loss_mask)
+    generator, own = corrective_loss(
+        model.heads["lm"](hidden), corrupted, vocabulary=model.vocabulary, denominator=totals[0], weight_unmask=2.0,
+        weight_remask=0.5, penalty=config.loss.penalty_mask_correct, mask_bias=0.7, applies_to="loss")
+    sampler, _ = sampler_loss(model, hidden, corrupted.clean, corrupted.masked, seeds=seeds,
+                              side_dropout=config.sampler.side_dropout, denominator=totals[1])
+    critic, _ = critic_loss(model.critic_scores(filled, corrupted.loss_mask), filled, corrupted, scope="masked_only",
+                            denominator=totals[2])
+    torch.testing.assert_close(found, generator + sampler + 0.5 * critic, rtol=1e-6, atol=0)
+    torch.testing.assert_close(metrics["p_mask_unmask"], own["p_mask_unmask"])

@@ -1,6 +1,23 @@
 import torch
 
-from grpo.noise import row_seeds, to_gumbels, uniforms
+from grpo.noise import (
+    FILL,
+    HIDE_LEFT,
+    HIDE_RIGHT,
+    JITTER,
+    KIND,
+    OFFSET,
+    ORDER,
+    PROPOSE,
+    REMASK,
+    SEED,
+    SHARE,
+    SOURCE,
+    STRATUM,
+    row_seeds,
+    to_gumbels,
+    uniforms,
+)
 
 
 def test_uniforms_match_splitmix64_in_python_integers():
@@ -47,3 +64,11 @@ def test_gumbel_argmax_samples_the_softmax():
     noise = to_gumbels(uniforms(row_seeds(1, 0, 0, torch.arange(40_000))[:, None], torch.arange(3)[None]))
     frequency = torch.bincount((logits + noise).argmax(-1), minlength=3) / 40_000
     assert (frequency - logits.softmax(0)).abs().max() < 0.01
+
+
+def test_two_purposes_or_streams_never_share_a_draw():
+    row = (STRATUM, JITTER, SHARE, KIND, OFFSET, SOURCE, ORDER, FILL, HIDE_LEFT, HIDE_RIGHT)
+    assert len(set(row)) == len(row) and len({PROPOSE, SEED, REMASK}) == 3
+    seeds = row_seeds(1, 2, 3, torch.arange(4))
+    for other in ((9, 2, 3), (1, 9, 3), (1, 2, 9)):
+        assert not (row_seeds(*other, torch.arange(4)) == seeds).any()

@@ -239,3 +239,9 @@ def test_heads_are_clipped_each_by_itself():
     assert set(trainer.parts) == {"generator", "critic", "sampler"}
     owned = [id(p) for parameters in trainer.parts.values() for p in parameters]
     assert sorted(owned) == sorted(id(p) for p in trainer.model.parameters())
+
+
+def test_the_mask_bias_controller_is_steered_by_the_steps_own_p_mask():
+    trainer = make_trainer()
+    figures = trainer.read(trainer.step(7, batch(7)))
+    assert float(trainer.mask_bias.ema) == pytest.approx(figures["p_mask_unmask"], rel=1e-6)

@@ -10,7 +10,15 @@ from grpo.lora import Trainable, train_below_heads
 from grpo.metrics import merge_sums
 from grpo.remasking import draw_log_probs
 from grpo.replay import CACHED, action_values, draw_steps, part_logprobs, split, with_states
-from grpo.trajectory import TABLE, credited, judged_wrong, trajectory_logprobs, wavefront_figures
+from grpo.trajectory import (
+    TABLE,
+    choice_log_probs,
+    credited,
+    judged_wrong,
+    policy_log_probs,
+    trajectory_logprobs,
+    wavefront_figures,
+)
 from tests.small_rollouts import KINDS, T, gradient, large, make_model, relative, rolled
 
 
@@ -201,3 +209,18 @@ def test_the_peak_of_a_replayed_update_does_not_grow_with_the_steps():
             head_gradient(model, reference, parts, weights)
         peaks[steps] = memory.peak_bytes
     assert peaks[64] < 1.1 * peaks[8]
+
+
+@pytest.mark.parametrize("kind", ["self", "critic"])
+def test_the_kl_of_proposals_and_choices_is_over_each_models_own_states(kind):
+    model, _, replayed = both(kind, torch.float64)
+    reference, _ = large(kind, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.05 * noise)
+        part, expected = split(replayed, 0)[1], []
+        for table in (policy_log_probs, lambda model, rollout: choice_log_probs(model, rollout.choices)):
+            p, q = (table(each, with_states(each, part)) for each in (model, reference))
+            expected.append(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1))
+        torch.testing.assert_close(action_values(model, reference, part)[1], torch.cat(expected))

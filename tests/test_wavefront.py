@@ -302,3 +302,11 @@ def test_sides_are_hidden_alike_however_much_of_a_row_is_masked():
     probe = sides_seen(clean, masked, seeds)
     for few in (rate < 0.3, rate > 0.7):
         assert abs(probe.left[few].double().mean() - 0.7) < 0.02 and abs(probe.right[few].double().mean() - 0.7) < 0.02
+
+
+def test_recorded_entropies_are_those_of_the_distribution_drawn_from():
+    logits = torch.randn(5, 7, dtype=torch.float64)
+    noise = torch.full((5,), 0.3, dtype=torch.float64)
+    drawn = sample_tokens(logits, noise, temperature=0.5, top_p=0.8, record=True)
+    p = (logits / 0.5).masked_fill(~drawn.support, -torch.inf).softmax(-1)
+    torch.testing.assert_close(drawn.entropies, torch.special.entr(p).sum(-1))
