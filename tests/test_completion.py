@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from grpo import completion
 from grpo.checkpoint import save_checkpoint
 from grpo.completion import complete, load_remasking_model
 from grpo.config import DenoiseSection, ModelSection
@@ -52,3 +53,19 @@ def test_rows_at_once_change_no_text(attention):
     settings = {"prompt_tokens": PROMPT, "seed": 1}
     whole = complete(model, prompts, DenoiseSection(steps=3), **settings)
     assert torch.equal(complete(model, prompts, DenoiseSection(steps=3), batch_size=2, **settings), whole)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_texts_are_written_as_the_settings_say(attention, monkeypatch):
+    model, rows = case(attention)
+    given, asked = {}, DenoiseSection(steps=3, schedule="cosine", temperature=0.7, top_p=0.8, remasking="self",
+                                      randomness=0.4)
+    writer = "generate" if attention == "causal" else "denoise"
+    write = getattr(completion, writer)
+    monkeypatch.setattr(completion, writer, lambda *args, **named: given.update(named) or write(*args, **named))
+    complete(model, rows, asked, prompt_tokens=PROMPT, seed=1, mask_bias=1.5, min_neighbors_ratio=0.2)
+    told = {"temperature": 0.7, "top_p": 0.8}
+    if attention == "bidirectional":
+        told |= {"steps": 3, "schedule": "cosine", "remasking": "self", "randomness": 0.4, "sampler": False,
+                 "mask_bias": 1.5, "min_neighbors_ratio": 0.2}
+    assert told.items() <= given.items()
