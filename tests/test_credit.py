@@ -5,6 +5,7 @@ from actors.credit import action_credits
 from actors.reward import Scores
 from grpo.config import GrpoSection
 from grpo.policy_loss import group_advantages
+from grpo.reward_loss import dense_rewards
 from grpo.trajectory import Rollout
 
 N, G, T, P = 3, 4, 6, 2
@@ -109,3 +110,12 @@ def test_the_advantages_that_are_logged_are_those_that_act_as_the_loss_weighs_th
     torch.testing.assert_close(found[0], torch.tensor(expected))
     assert sums["advantage"].tolist() == pytest.approx([0.75, 1.0], rel=1e-6)
     assert sums["advantage/square"].tolist() == pytest.approx([square, 1.0], rel=1e-6)
+
+
+def test_credit_by_windows_reads_the_configs_width():
+    tokens, mask = draw(B, T, seed=3), rollout().completion_mask
+    for width in (1, 2):
+        found, _ = credits({}, rewards={}, credit="window", credit_window=width, normalize=False, neutral=False)
+        own = dense_rewards(draw(B, 2, seed=2), tokens, mask, credit="window", signal="log_odds", window=width)
+        expected = group_advantages(own.view(N, G, T), mask=mask.view(N, G, T), normalize=False).flatten(0, 1)
+        torch.testing.assert_close(found, expected[ROWS, POSITIONS])

@@ -52,3 +52,22 @@ def test_half_of_the_texts_of_a_reward_step_are_new():
     parts = world.learner.discriminator._draw(50, torch.Generator().manual_seed(0))
     new, old = (sum(len(piece) for part in parts for piece in part[cut]) for cut in (slice(-1, None), slice(0, -1)))
     assert new == old == 50 * 4
+
+
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_each_side_of_the_ratio_is_clipped_at_its_own_bound(side):
+    low, high = (1e-6, 1e3) if side == "low" else (0.999, 1e-6)
+    world = World(grpo_with(**PLAIN, epsilon_low=low, epsilon_high=high))
+    rollouts, scores, _, prompts = world.roll(0, full=True)
+    matrix = world.learner.model.heads["lm"].matrix
+    with torch.no_grad():
+        matrix.add_(0.1 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1)))
+    metrics = world.learner.generator_phase(0, rollouts, scores, prompts, world.prompts)
+    assert [name for name in ("low", "high") if metrics[f"clip_{name}"] > 0] == [side]
+
+
+def test_gradients_are_clipped_at_the_configs_norm():
+    world = World(grpo_with(**PLAIN | {"grad_clip": 1e-6}))
+    rollouts, scores, _, prompts = world.roll(0, full=True)
+    found = [each for each in policy_gradient(world, rollouts, scores, prompts).values() if each is not None]
+    assert 0 < max(each.norm() for each in found) <= 1.001e-6
